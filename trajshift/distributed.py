@@ -1,0 +1,108 @@
+"""Ranks: who holds which task, and the few things they say to each other.
+
+`torchrun` starts the processes, `torch.distributed` carries the messages; one process is world size 1 of the
+same code, in which every message is a no-op.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trajshift.errors import UsageError
+
+
+class World:
+    """The processes of this run.
+
+    rank, size: this process and their number. local_size: processes on this machine.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_size = local_size
+
+    @classmethod
+    def current(cls, device: str = "cpu") -> World:
+        """The world that `torchrun` made; starts the process group (gloo, or NCCL beside it on CUDA) when needed."""
+        if not (dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            return cls()
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum_(torch.tensor(int(flag))) > 0)
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values (numbers, strings, lists and dicts of them) of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def same(self, digest: str, what: str) -> None:
+        """Stops the run unless all ranks hold the same digest.
+
+        Raises:
+            UsageError: names the ranks that differ from rank 0.
+        """
+        digests = self.gather(digest)
+        differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if differing:
+            raise UsageError(
+                f"{what} on rank(s) {', '.join(map(str, differing))} differs from rank 0; the run is stopped: "
+                "use the same versions and hardware on all ranks, or resume from the last checkpoint"
+            )
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_threads(world: World, threads: int | None = None) -> int:
+    """Gives every process its share of the cores and returns it.
+
+    More threads than cores over all processes of a machine is refused silently: the share is lowered to fit,
+    because oversubscription made one step 100 times slower in a trial.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // world.local_size)
+    chosen = share if threads is None else max(1, min(threads, share))
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def balance(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
+    """A rank for every task, heaviest first to the least loaded rank; ties go by name and lowest rank."""
+    load = [0.0] * ranks
+    home = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+        home[name] = rank
+        load[rank] += costs[name]
+    return home

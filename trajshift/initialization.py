@@ -1,0 +1,142 @@
+"""The learned initialization: named tensors in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from trajshift.errors import UsageError
+
+METADATA_KEY = "trajshift"
+
+
+class Initialization(Mapping[str, Tensor]):
+    """phi by parameter name, with what is known about it.
+
+    Attributes:
+        about: JSON values: method, seed, step, heads.
+        model: the factory it was learned with, where it is at hand.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None, *, model: Any = None
+    ) -> None:
+        self._tensors = dict(tensors)
+        self.about = dict(about or {})
+        self.model = model
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def digest(self) -> str:
+        """SHA-256 of names, dtypes, shapes and values."""
+        state = sha256()
+        for name, tensor in sorted(self.items()):
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The safetensors file: its bytes depend on the tensors and `about` alone (no date, no path)."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.items()}
+        return serialize(tensors, {METADATA_KEY: json.dumps(self.about, sort_keys=True)})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the safetensors file, in one move."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(self.to_bytes())
+        return temporary.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which parameters of a module an initialization filled. True where all did."""
+
+    matched: tuple[str, ...]
+    """Copied into the module."""
+    missing: tuple[str, ...]
+    """Parameters of the module that the initialization does not have: they keep their values (heads, usually)."""
+    unexpected: tuple[str, ...]
+    """Tensors that the module has no parameter for."""
+    unequal: tuple[str, ...]
+    """Parameters of another shape: they keep their values."""
+
+    def __bool__(self) -> bool:
+        return not (self.missing or self.unexpected or self.unequal)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} parameters matched"]
+        for label in ("missing", "unexpected", "unequal"):
+            names = getattr(self, label)
+            if names:
+                parts.append(f"{label}: {', '.join(names)}")
+        return "; ".join(parts)
+
+
+@overload
+def load_initialization(path: str | Path) -> Initialization: ...
+@overload
+def load_initialization(path: str | Path, model: nn.Module) -> Match: ...
+
+
+def load_initialization(path: str | Path, model: nn.Module | None = None) -> Initialization | Match:
+    """Reads an initialization; with a module, copies it in and says which parameters matched.
+
+    Args:
+        path: an `initialization.safetensors`.
+        model: the user's own module; parameters keep their dtype and device.
+
+    Raises:
+        UsageError: no such file, not a safetensors file, or not one parameter matches.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no initialization at {path}; give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            found = Initialization({name: file.get_tensor(name) for name in list(file.keys())}, about)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not a readable safetensors file ({error}); save it again") from error
+    return found if model is None else fill(model, found)
+
+
+def fill(module: nn.Module, initialization: Mapping[str, Tensor]) -> Match:
+    """Copies named tensors into the parameters of a module with the same name and shape, in place.
+
+    Raises:
+        UsageError: not one parameter matches.
+    """
+    parameters = dict(module.named_parameters())
+    equal = [n for n, t in initialization.items() if n in parameters and parameters[n].shape == t.shape]
+    if not equal:
+        raise UsageError(
+            f"no parameter of {type(module).__name__} matches the initialization, which has "
+            f"{', '.join(list(initialization)[:3])}, ...; use the model it was learned with"
+        )
+    with torch.no_grad():
+        for name in equal:
+            parameters[name].copy_(initialization[name])
+    return Match(
+        matched=tuple(equal),
+        missing=tuple(name for name in parameters if name not in initialization),
+        unexpected=tuple(name for name in initialization if name not in parameters),
+        unequal=tuple(n for n in initialization if n in parameters and n not in equal),
+    )

@@ -1,0 +1,166 @@
+"""Optimizers: by name or callable, their schedules, and their state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trajshift.errors import UsageError, nearest
+
+_ELEMENTWISE = {"SGD", "Adam", "AdamW", "RMSprop"}
+_REFUSED = {
+    "LBFGS": "it needs a closure that evaluates the loss several times a step",
+    "SparseAdam": "it needs sparse gradients, and a trajectory is one dense row",
+}
+_NOT_A_CHOICE = {"Optimizer", *_REFUSED}
+_BY_NAME: dict[str, type[Optimizer]] = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and name not in _NOT_A_CHOICE
+}
+
+PARAMETER_SPACE_STATE = {"ax", "z"}
+"""Optimizer state that lives in parameter space (ASGD's average, schedule-free's z) and moves with a shift."""
+
+
+@dataclass(kw_only=True)
+class Inner:
+    """How a learner takes its inner steps.
+
+    Raises:
+        UsageError: an unknown or refused optimizer or schedule, a learning rate that is not positive, or
+            `flat` for an optimizer that is not elementwise.
+    """
+
+    optimizer: str | Callable[..., Optimizer] = "sgd"
+    """A `torch.optim` class by name, or `callable(parameters, lr=..., **options)`."""
+    lr: float = 0.01
+    """Inner learning rate alpha."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer: momentum, weight_decay, ..."""
+    schedule: str | Callable[[float], float] = "constant"
+    """Factor on lr over the horizon: `constant`, `cosine`, `step`, or a function of the fraction done, in [0, 1)."""
+    milestones: Sequence[float] = (0.4, 0.7, 0.9)
+    """Fractions of the horizon at which schedule `step` multiplies by `factor`."""
+    factor: float = 0.3
+    """What schedule `step` multiplies by."""
+    flat: bool = False
+    """Run on the whole row at once instead of parameter by parameter; for SGD, Adam, AdamW and RMSprop."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0.0 and math.isfinite(self.lr)):
+            raise UsageError(f"inner learning rate is {self.lr}; use a positive number")
+        kind = optimizer_class(self.optimizer)
+        if self.flat and getattr(kind, "__name__", "") not in _ELEMENTWISE:
+            raise UsageError(
+                f"flat is for elementwise optimizers ({', '.join(sorted(_ELEMENTWISE))}), not {self.optimizer}"
+            )
+        if isinstance(self.schedule, str) and self.schedule not in ("constant", "cosine", "step"):
+            raise UsageError(
+                f"unknown schedule {self.schedule!r}{nearest(self.schedule, ('constant', 'cosine', 'step'))}"
+            )
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """The optimizer on these parameters."""
+        return build_optimizer(self.optimizer, parameters, lr=self.lr, **self.options)
+
+    def lr_at(self, fraction: float) -> float:
+        """The learning rate once `fraction` of the horizon, in [0, 1), is done."""
+        if callable(self.schedule):
+            return self.lr * self.schedule(fraction)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1.0 + math.cos(math.pi * fraction))
+        if self.schedule == "step":
+            return self.lr * self.factor ** sum(fraction >= milestone for milestone in self.milestones)
+        return self.lr
+
+
+def optimizer_class(optimizer: str | Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """The class for a name (case does not matter); a callable is returned as it is.
+
+    Raises:
+        UsageError: an unknown name, or an optimizer that cannot run inside the loop, with the reason.
+    """
+    name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "")
+    for refused, reason in _REFUSED.items():
+        if name.lower() == refused.lower():
+            raise UsageError(f"optimizer {refused} is refused: {reason}; use a first-order one such as SGD or Adam")
+    if not isinstance(optimizer, str):
+        return optimizer
+    if name.lower() not in _BY_NAME:
+        raise UsageError(f"unknown optimizer {optimizer!r}{nearest(name.lower(), _BY_NAME)}")
+    return _BY_NAME[name.lower()]
+
+
+def build_optimizer(
+    optimizer: str | Callable[..., Optimizer], parameters: Iterable[nn.Parameter], **options: Any
+) -> Optimizer:
+    """An optimizer by name or callable, wrong options told in one sentence."""
+    kind = optimizer_class(optimizer)
+    try:
+        return kind(list(parameters), **options)
+    except (TypeError, ValueError) as error:
+        name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
+        raise UsageError(f"optimizer {name} does not accept {options}: {error}") from error
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_tensors(optimizer: Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `parameter/key` and plain numbers; `names` in the optimizer's order.
+
+    Raises:
+        UsageError: state that is neither a tensor nor a number.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            elif value is None or isinstance(value, (int, float, bool)):
+                numbers[f"{name}/{key}"] = value
+            else:
+                raise UsageError(
+                    f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}, which cannot be saved; "
+                    "use an optimizer whose state is tensors and numbers"
+                )
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if value is None or isinstance(value, (int, float, bool)):
+                numbers[f"group {index}/{key}"] = value
+    return tensors, numbers
+
+
+def load_state_tensors(
+    optimizer: Optimizer, names: Sequence[str], tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """The inverse of `state_tensors`; replaces all state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    by_name = dict(zip(names, parameters, strict=True))
+    optimizer.state.clear()
+    for label, tensor in tensors.items():
+        name, key = label.rsplit("/", 1)
+        parameter = by_name[name]
+        if tensor.shape == parameter.shape:  # keeps the strides that the optimizer would have chosen
+            value = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        else:
+            value = tensor.clone()
+        optimizer.state[parameter][key] = value
+    for label, number in numbers.items():
+        name, key = label.rsplit("/", 1)
+        if name.startswith("group ") and name not in by_name:
+            optimizer.param_groups[int(name.split()[1])][key] = number
+        else:
+            optimizer.state[by_name[name]][key] = number

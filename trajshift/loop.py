@@ -1,0 +1,352 @@
+"""The one loop: Algorithms 1 and 2 of Shin et al. (2021), every baseline and every ablation.
+
+Shapes: T learners on this rank, P shared numbers each, padding included. phi is `[P]`, theta `[T, P]`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajshift.carry import CARRIES
+from trajshift.distributed import World
+from trajshift.errors import UsageError
+from trajshift.initialization import Initialization
+from trajshift.inner import Inner
+from trajshift.learner import Factory, Learner
+from trajshift.metagrad import MetaGradient
+from trajshift.plan import plan_method, plan_model, plan_outer, plan_renew, plan_tasks
+from trajshift.presets import Method
+from trajshift.probe import RosterProbe
+from trajshift.roster import Roster
+from trajshift.tally import Tally
+from trajshift.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One inner step of all learners. Tensors stay on the device: reading one waits for it."""
+
+    step: int
+    """Scheduled inner steps done, 1 to rounds * horizon."""
+    round: int
+    """The round it belongs to, from 0."""
+    k: int
+    """Its place in the trajectory, 1 to horizon."""
+    inner_steps: int
+    """Cumulative inner steps per task, replays included."""
+    tasks: tuple[str, ...]
+    """The tasks on this rank, in the order of `losses`."""
+    losses: Tensor
+    """Training losses `[T]` before the step."""
+    meta_updated: bool
+    """Whether phi moved after this step."""
+
+
+class MetaTrainer:
+    """Learns phi; iterate over it, one `Event` per inner step.
+
+    ```python
+    trainer = MetaTrainer(model, tasks, "trajectory-shifting", horizon=1000, rounds=200)
+    for event in trainer:
+        ...
+    trainer.initialization.save("initialization.safetensors")
+    ```
+
+    Args:
+        model: `model(task) -> nn.Module`, called once per task, or a module whose `head` is renewed for each.
+        tasks: the source tasks, names unique.
+        method: a preset of `trajshift.METHODS`, or a `Method` of one's own.
+        horizon: K, inner steps between resets.
+        rounds: M, trajectories per task.
+        meta_lr: beta; None takes the method's default.
+        meta_every, carry, adapt, metagrad, batch: replace the preset's choices. metagrad may be an instance.
+        metagrad_options: arguments of the meta-gradient by name (Leap's norm, iMAML's strength, ...).
+        inner: the inner optimizer.
+        meta_optimizer: None for the plain step, or a `torch.optim` class by name or callable on phi.
+        meta_options: its further arguments.
+        batch_size: examples per task and inner step.
+        seed: decides phi, heads, batches and all other draws.
+        head: dotted name(s) of the head; None finds `fc`, `head`, `heads` or `classifier`.
+        shared: name patterns of the shared parameters; None shares all with equal name and shape but the head.
+        renew: what a reset renews besides theta: `heads`, `optimizer`, `statistics`. Nothing, as published.
+        tasks_per_round: tasks sampled at each reset; None takes all. A task that was not in the last round
+            starts with fresh optimizer state.
+        initialization: where phi starts; None draws it from the seed.
+        heldout: fraction of each training set kept for held-out batches, where the method needs them.
+        workers: processes that load map-style data sets.
+        device: where everything lives.
+        grad_clip: largest gradient norm of a task in an inner step.
+        autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
+
+    Raises:
+        UsageError: whatever does not fit, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: Factory | nn.Module,
+        tasks: Sequence[Task] | Mapping[str, Task],
+        method: str | Method = "trajectory-shifting",
+        *,
+        horizon: int = 1000,
+        rounds: int = 200,
+        meta_lr: float | None = None,
+        meta_every: int | None = None,
+        carry: str | None = None,
+        adapt: str | None = None,
+        metagrad: str | MetaGradient | None = None,
+        batch: str | None = None,
+        metagrad_options: Mapping[str, Any] | None = None,
+        inner: Inner | None = None,
+        meta_optimizer: Any = None,
+        meta_options: Mapping[str, Any] | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        head: str | Sequence[str] | None = None,
+        shared: Sequence[str] | None = None,
+        renew: Collection[str] = (),
+        tasks_per_round: int | None = None,
+        initialization: Initialization | Mapping[str, Tensor] | None = None,
+        heldout: float = 0.2,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        grad_clip: float | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if rounds < 1:
+            raise UsageError(f"rounds is {rounds}; use at least 1")
+        if grad_clip is not None and grad_clip <= 0.0:
+            raise UsageError(f"grad_clip is {grad_clip}; use a positive number, or None")
+        self.device = torch.device(device)
+        self.world = World.current(str(device))
+        self.seed = seed
+        self.horizon = horizon
+        self.rounds = rounds
+        self.inner = inner or Inner(options={"momentum": 0.9})
+        self.grad_clip = grad_clip
+        self.autocast = autocast
+        self.renew = plan_renew(renew)
+        self.method, self.metagrad = plan_method(
+            method, horizon=horizon, metagrad=metagrad, options=dict(metagrad_options or {}),
+            meta_every=meta_every, carry=carry, adapt=adapt, batch=batch,
+        )  # fmt: skip
+        listed = plan_tasks(tasks)
+        self.blueprint, self.phi = plan_model(
+            model, listed, self.method,
+            head=head, shared=shared, seed=seed, initialization=initialization, device=self.device,
+        )  # fmt: skip
+        self.layout = self.blueprint.layout
+        self.outer = plan_outer(
+            self.method, self.phi, self.blueprint, self.inner,
+            horizon=horizon, meta_lr=meta_lr, optimizer=meta_optimizer, options=dict(meta_options or {}),
+        )  # fmt: skip
+        self.roster = Roster(
+            listed, self.blueprint, self.inner, self.world,
+            seed=seed, batch_size=batch_size, tasks_per_round=tasks_per_round,
+            heldout=heldout if self.metagrad.needs_heldout else 0.0,
+            adapt_shared=self.method.adapt == "all", keep_gradients=self.metagrad.needs_gradients,
+            workers=workers, device=self.device,
+        )  # fmt: skip
+        self.step = 0
+        self.tally = Tally(self.device)
+        self.world.same(self.initialization.digest(), "the first phi")
+
+    # -- where the run stands --------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Scheduled inner steps of the whole run: rounds * horizon."""
+        return self.rounds * self.horizon
+
+    @property
+    def round(self) -> int:
+        """The round that the next inner step belongs to, from 0."""
+        return self.step // self.horizon
+
+    @property
+    def k(self) -> int:
+        """Inner steps that the running trajectories have taken; 0 at a round boundary."""
+        return self.step % self.horizon
+
+    @property
+    def meta_lr(self) -> float:
+        """beta."""
+        return self.outer.lr
+
+    @property
+    def theta(self) -> Tensor:
+        """The running trajectories `[T, P]`."""
+        return self.roster.theta
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The local learners of the running round, row by row."""
+        return self.roster.learners
+
+    @property
+    def initialization(self) -> Initialization:
+        """phi as named tensors (copies on the CPU)."""
+        tensors = {name: view.cpu().contiguous().clone() for name, view in self.layout.views(self.phi).items()}
+        about = {
+            "method": self.method.name,
+            "seed": self.seed,
+            "step": self.step,
+            "heads": list(self.blueprint.heads),
+        }
+        return Initialization(tensors, about, model=self.blueprint.factory)
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Event]:
+        """Runs from where it stands to the end, one event per inner step."""
+        while self.step < self.total_steps:
+            yield self.advance()
+
+    def advance(self) -> Event:
+        """One inner step of all learners, and the meta-update if one is due (Algorithm 2, lines 6 to 13)."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            if self.k == 0:
+                self._reset()
+            losses = self._inner_step()
+            due = self.k % (self.method.meta_every or 1) == 0
+            if due:
+                delta = self._meta_update()
+                if self.k != 0:
+                    CARRIES[self.method.carry](self, delta)
+                    self.metagrad.carried(self.theta)
+        round, k = divmod(self.step - 1, self.horizon)
+        return Event(self.step, round, k + 1, self.tally.inner_steps, self.roster.names, losses, due)
+
+    def _reset(self) -> None:
+        """theta_0 <- phi for every learner of the round; what else is renewed was chosen by `renew`."""
+        self.roster.check()
+        if self.roster.assign(self.round):
+            self.tally.seat(len(self.learners))
+        for learner in self.learners:
+            if self.step > 0:
+                learner.renew(self.renew, self.round)
+        if self.method.carry == "replay":
+            self.roster.snapshot()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.theta.copy_(self.phi)
+        self.metagrad.begin(self.theta)
+
+    def _inner_step(self) -> Tensor:
+        """theta_k <- theta_{k-1} - alpha grad L_k(theta_{k-1}) for every task; the losses `[T]`."""
+        lr = self.inner.lr_at(self.k / self.horizon)
+        if self.method.joint:
+            self.outer.lr = lr
+        ends = (self.k + 1) % (self.method.meta_every or 1) == 0
+        shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
+        losses = [self._step_of(learner, lr, shared) for learner in self.learners]
+        self.step += 1
+        losses_T = torch.stack(losses) if losses else self.theta.new_zeros(0)
+        self.tally.inner_step(losses_T, self.step)
+        self.metagrad.observe(self.theta, losses_T, self.roster.gradients)
+        return losses_T
+
+    def _step_of(self, learner: Learner, lr: float, shared: bool) -> Tensor:
+        loss = learner.backward(self.step, autocast=self.autocast, shared=shared)
+        if self.metagrad.penalty:
+            learner.pull(self.phi, self.metagrad.penalty)
+        if self.grad_clip is not None:
+            learner.clip(self.grad_clip)
+        if shared and self.roster.keep_gradients:
+            learner.gather()
+        learner.step(lr)
+        learner.forget_gradients()
+        return loss
+
+    def _meta_update(self) -> Tensor:
+        """phi <- phi + delta with delta = -beta * mean MetaGrad (lines 11 and 12); returns delta `[P]`."""
+        probe = RosterProbe(self.roster, self.phi, self.step, self.autocast)
+        gradient = self.metagrad.mean(probe, self.roster.weights)
+        delta = self.outer.step(self.phi, self.world.sum_(gradient))
+        self.tally.meta_update(delta, probe.counts)
+        return delta
+
+    def replay(self) -> None:
+        """Runs the trajectories again from phi: same start, same batches, as many steps as before."""
+        start, end = self.step - self.k, self.step
+        self.roster.restore()
+        self._begin()
+        with self.tally.replaying():
+            self.step = start
+            while self.step < end:
+                self._inner_step()
+
+    def describe(self) -> dict[str, Any]:
+        """What was resolved, as JSON values, to be printed at the start and kept with the run."""
+        return {
+            "method": self.method.name,
+            "metagrad": self.method.metagrad,
+            "meta_every": self.method.meta_every,
+            "carry": self.method.carry,
+            "adapt": self.method.adapt,
+            "batch": self.method.batch,
+            "meta_lr": self.meta_lr,
+            "horizon": self.horizon,
+            "rounds": self.rounds,
+            "tasks": list(self.roster.tasks),
+            "shared_parameters": self.layout.count,
+            "shared": [entry.name for entry in self.layout.entries],
+            "heads": list(self.blueprint.heads),
+            "ranks": self.world.size,
+        }
+
+    # -- metrics and tasks -----------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """Where the run stands, from all ranks; call it on every rank.
+
+        `step`, `round`, `k`; `inner_steps` (cumulative, per task, replays included), `gradient_evaluations`
+        (over all tasks), `meta_update_norm` and for each task its mean `loss` since the last call and its `distance`
+        ||theta - phi||.
+        """
+        distances = torch.linalg.vector_norm(self.theta - self.phi, dim=1).tolist()
+        losses = self.tally.mean_losses()
+        local = {
+            n: {"loss": loss, "distance": d} for n, loss, d in zip(self.roster.names, losses, distances, strict=True)
+        }
+        gathered = self.world.gather((local, dict(self.tally.counts)))
+        tasks = {name: row for rows, _ in gathered for name, row in rows.items()}
+        counts = sum((Counter(counts) for _, counts in gathered), Counter())
+        return {
+            "step": self.step,
+            "round": max(self.step - 1, 0) // self.horizon,
+            "k": max(self.step - 1, 0) % self.horizon + 1,
+            "inner_steps": self.tally.inner_steps,
+            **dict(sorted(counts.items())),
+            "meta_update_norm": float(self.tally.update_norm),
+            "tasks": {name: tasks[name] for name in self.roster.tasks if name in tasks},
+        }
+
+    def check_finite(self) -> None:
+        """Stops at the first loss that was not finite; call it on every rank.
+
+        Raises:
+            NonFiniteLoss: names the task, the step and the learning rates.
+        """
+        local = self.tally.first_bad(self.roster.names)
+        self.tally.refuse(self.world.gather(local), inner_lr=self.inner.lr, meta_lr=self.meta_lr)
+
+    def set_tasks(self, tasks: Sequence[Task] | Mapping[str, Task]) -> None:
+        """Other source tasks from the next round on; those that stay keep head and statistics.
+
+        Raises:
+            UsageError: in the middle of a round, or a task that lacks a shared parameter.
+        """
+        if self.k != 0:
+            raise UsageError(f"tasks join and leave at a round boundary, and step {self.step} is at k = {self.k}")
+        listed = plan_tasks(tasks)
+        self.blueprint.admit(listed, self.seed)
+        self.roster.replace_tasks(listed)
+        self.tally.seat(len(self.learners))

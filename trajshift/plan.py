@@ -1,0 +1,124 @@
+"""From what the user asked for to the parts of a run, with every mix that has no meaning refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajshift import metagrad as metagrads
+from trajshift.errors import UsageError, nearest
+from trajshift.inner import Inner
+from trajshift.learner import Blueprint, Factory, as_factory
+from trajshift.outer import OptimizerStep, Outer, PlainStep
+from trajshift.presets import Method, resolve
+from trajshift.task import Task
+
+RENEWABLE = ("heads", "optimizer", "statistics")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The four choices as objects, and the model looked through."""
+
+    method: Method
+    metagrad: metagrads.MetaGradient
+    outer: Outer
+    phi: Tensor
+    blueprint: Blueprint
+
+
+def plan_method(
+    method: str | Method,
+    *,
+    horizon: int,
+    metagrad: str | metagrads.MetaGradient | None,
+    options: dict[str, Any],
+    **choices: Any,
+) -> tuple[Method, metagrads.MetaGradient]:
+    """The preset with the user's choices put in, and its meta-gradient."""
+    name = metagrad if isinstance(metagrad, str) else None
+    resolved = resolve(method, horizon=horizon, metagrad=name, **choices)
+    if isinstance(metagrad, metagrads.MetaGradient):
+        return replace(resolved, metagrad=type(metagrad).__name__), metagrad
+    return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)
+
+
+def plan_outer(
+    method: Method, phi: Tensor, blueprint: Blueprint, inner: Inner, *,
+    horizon: int, meta_lr: float | None, optimizer: Any, options: dict[str, Any],
+) -> Outer:  # fmt: skip
+    """How phi follows the mean meta-gradient."""
+    if method.joint:
+        if meta_lr is not None or optimizer is not None or options:
+            raise UsageError(
+                f"{method.name} moves phi with the inner optimizer; drop meta_lr and the meta-optimizer, "
+                "and set the inner ones"
+            )
+        return OptimizerStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
+    if meta_lr is None:
+        meta_lr = method.default_meta_lr(horizon, method.meta_every or 1)
+    if not (0.0 < meta_lr < float("inf")):
+        raise UsageError(f"meta_lr is {meta_lr}; use a positive number")
+    if optimizer is None:
+        if options:
+            raise UsageError(f"meta options {options} belong to a meta-optimizer; name one, or drop them")
+        return PlainStep(meta_lr)
+    return OptimizerStep(phi, blueprint.layout, optimizer, meta_lr, options)
+
+
+def plan_model(
+    model: Factory | nn.Module, tasks: Sequence[Task], method: Method, *,
+    head: str | Sequence[str] | None, shared: Sequence[str] | None, seed: int,
+    initialization: Mapping[str, Tensor] | None, device: torch.device,
+) -> tuple[Blueprint, Tensor]:  # fmt: skip
+    """What the tasks share, and the first phi on the device."""
+    if method.single and len(tasks) != 1:
+        raise UsageError(f"{method.name} trains on one task, {len(tasks)} were given; keep one")
+    one_head = head if isinstance(head, str) or head is None else head[0]
+    blueprint = Blueprint.inspect(as_factory(model, one_head), tasks, head, shared, seed)
+    blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
+    phi = blueprint.phi.to(device, copy=True)
+    if initialization is not None:
+        start_from(initialization, blueprint, phi)
+    return blueprint, phi
+
+
+def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: Tensor) -> None:
+    """Puts named tensors into phi `[P]`; each shared parameter must be there with its shape.
+
+    Raises:
+        UsageError: a shared parameter that is missing or has another shape.
+    """
+    for name, view in blueprint.layout.views(phi).items():
+        if name not in initialization:
+            raise UsageError(f"the initialization has no {name!r}{nearest(name, initialization)}")
+        if initialization[name].shape != view.shape:
+            raise UsageError(
+                f"the initialization has {name!r} with shape {tuple(initialization[name].shape)}, "
+                f"the model with {tuple(view.shape)}; use the model it was learned with"
+            )
+        view.copy_(initialization[name])
+
+
+def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task]) -> list[Task]:
+    """The tasks as a list, names unique."""
+    listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
+    if not listed:
+        raise UsageError("no tasks were given; name at least one")
+    names = [task.name for task in listed]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise UsageError(f"two tasks are named {doubled[0]!r}; give each its own name")
+    return listed
+
+
+def plan_renew(renew: Collection[str]) -> frozenset[str]:
+    """What a reset renews, names checked."""
+    for name in renew:
+        if name not in RENEWABLE:
+            raise UsageError(f"cannot renew {name!r} at a reset{nearest(name, RENEWABLE)}")
+    return frozenset(renew)

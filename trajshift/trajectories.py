@@ -1,0 +1,169 @@
+"""The one matrix: row t holds the shared parameters theta of local learner t.
+
+Shapes: T learners (rows) on this rank, P numbers a row. The parameters of each learner's module are views of
+its row, so a reset is one broadcast copy, a mean one reduction and a shift one broadcast add. Padding stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from trajshift.errors import UsageError
+
+_ALIGNMENT = 256  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One shared parameter: where it lies in a row and how it is strided."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+class Layout:
+    """Names, shapes and offsets of the shared parameters in a row of P numbers.
+
+    Entries start at multiples of 256 bytes. Dense strides (channels-last weights too) are kept.
+
+    Raises:
+        UsageError: no parameters, or parameters of different dtypes.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        if not parameters:
+            raise UsageError("no parameter is shared by all tasks; check head and the sharing rule")
+        dtypes = {parameter.dtype for parameter in parameters.values()}
+        if len(dtypes) > 1:
+            listed = ", ".join(sorted(str(dtype) for dtype in dtypes))
+            raise UsageError(f"shared parameters have mixed dtypes ({listed}); convert the model to one")
+        self.dtype = dtypes.pop()
+        step = _ALIGNMENT // self.dtype.itemsize
+        entries, offset = [], 0
+        for name, parameter in parameters.items():
+            stride = parameter.stride() if _is_dense(parameter) else parameter.contiguous().stride()
+            entries.append(Entry(name, tuple(parameter.shape), tuple(stride), offset, parameter.numel()))
+            offset += -(-parameter.numel() // step) * step
+        self.entries: tuple[Entry, ...] = tuple(entries)
+        self.size = offset
+        """P, padding included."""
+        self.count = sum(entry.numel for entry in entries)
+        """Numbers that are parameters."""
+
+    def views(self, row: Tensor) -> dict[str, Tensor]:
+        """The named parameters as views of `row` `[P]`, each with its own shape and strides."""
+        base = row.storage_offset()
+        return {e.name: row.as_strided(e.shape, e.stride, base + e.offset) for e in self.entries}
+
+    def flatten(self, parameters: Mapping[str, Tensor], *, out: Tensor) -> Tensor:
+        """Copies named tensors into the row `out` `[P]`; padding is set to zero."""
+        out.zero_()
+        views = self.views(out)
+        torch._foreach_copy_(list(views.values()), [parameters[name].to(out) for name in views])
+        return out
+
+    @lru_cache(maxsize=1)  # noqa: B019 - a layout lives as long as its run
+    def mask(self, device: torch.device) -> Tensor:
+        """`[P]` bool: True where a row holds a parameter, False in the padding."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=device)
+        for entry in self.entries:
+            mask[entry.offset : entry.offset + entry.numel] = True
+        return mask
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the strides cover `numel` numbers without gap or overlap, in any order of dimensions."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Trajectories:
+    """`theta` `[T, P]` and the modules whose parameters are views of it."""
+
+    def __init__(self, layout: Layout, rows: int, device: torch.device) -> None:
+        self.layout = layout
+        self.theta = torch.zeros(rows, layout.size, dtype=layout.dtype, device=device)
+        self.views = [layout.views(row) for row in self.theta]
+
+    def bind(self, row: int, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Makes the shared parameters of `module` views of a row; their values are those of the row.
+
+        The parameter objects stay the same (`p.data = view`), so tied weights and optimizers survive.
+        Returns the shared parameters by name.
+        """
+        parameters = dict(module.named_parameters())
+        bound = {}
+        for name, view in self.views[row].items():
+            parameters[name].data = view
+            bound[name] = parameters[name]
+        return bound
+
+    def check(self, row: int, bound: Mapping[str, nn.Parameter], task: str) -> None:
+        """Refuses a module whose parameters no longer are the views they were bound to.
+
+        Raises:
+            UsageError: `.to()` or `load_state_dict(assign=True)` gave a parameter memory of its own.
+        """
+        for name, view in self.views[row].items():
+            if bound[name].data_ptr() != view.data_ptr() or bound[name].stride() != view.stride():
+                raise UsageError(
+                    f"parameter {name!r} of task {task!r} left the trajectory matrix; "
+                    "do not call .to() or load_state_dict(assign=True) on a module in training"
+                )
+
+
+def shared_names(
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    heads: Sequence[str],
+    rule: Sequence[str] | None,
+) -> list[str]:
+    """Names of the shared parameters, in the first task's order.
+
+    Without a rule: every trainable parameter with the same name and shape in all tasks, minus the heads.
+    With one: every trainable parameter that a shell-style pattern (`*.adapter.*`) matches.
+
+    Args:
+        shapes: for each task the shapes of its trainable parameters by name.
+        heads: dotted prefixes of the heads.
+        rule: name patterns, or None.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or a named parameter missing or of unequal shape in a task.
+    """
+    first_task, first = next(iter(shapes.items()))
+    if rule is None:
+        return [
+            name
+            for name, shape in first.items()
+            if not is_in_head(name, heads) and all(other.get(name) == shape for other in shapes.values())
+        ]
+    for pattern in rule:
+        if not any(fnmatchcase(name, pattern) for name in first):
+            raise UsageError(f"sharing pattern {pattern!r} matches no trainable parameter of task {first_task!r}")
+    chosen = [name for name in first if any(fnmatchcase(name, pattern) for pattern in rule)]
+    for task, other in shapes.items():
+        for name in chosen:
+            if other.get(name) != first[name]:
+                raise UsageError(
+                    f"parameter {name!r} cannot be shared: its shape is {first[name]} in task {first_task!r} "
+                    f"and {other.get(name, 'missing')} in task {task!r}; take it out of the sharing rule"
+                )
+    return chosen
+
+
+def is_in_head(name: str, heads: Sequence[str]) -> bool:
+    """Whether a dotted parameter name lies in one of the heads."""
+    return any(name == head or name.startswith(head + ".") for head in heads)
