@@ -1,0 +1,68 @@
+"""Sources of examples, batches that are pure functions of the step, and the built-in digits tasks.
+
+The public names are resolved on first use (PEP 562): `task.py` and this package may then import each other's
+modules in any order.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trajshift.data.batches import TaskBatches
+    from trajshift.data.digits import digits_targets, digits_task, digits_tasks
+    from trajshift.data.huggingface import hf_source, load_hf
+    from trajshift.data.images import ImageTransform, image_task
+    from trajshift.data.sources import (
+        ArraySource,
+        DatasetSource,
+        ImageData,
+        Source,
+        as_source,
+        class_balanced_subset,
+        load_npz,
+        subset,
+    )
+    from trajshift.data.stream import Stream
+
+__all__ = [
+    "ArraySource",
+    "DatasetSource",
+    "ImageData",
+    "ImageTransform",
+    "Source",
+    "Stream",
+    "TaskBatches",
+    "as_source",
+    "class_balanced_subset",
+    "digits_targets",
+    "digits_task",
+    "digits_tasks",
+    "hf_source",
+    "image_task",
+    "load_hf",
+    "load_npz",
+    "subset",
+]
+
+_HOMES = {
+    "batches": ("TaskBatches",),
+    "digits": ("digits_targets", "digits_task", "digits_tasks"),
+    "huggingface": ("hf_source", "load_hf"),
+    "images": ("ImageTransform", "image_task"),
+    "stream": ("Stream",),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((module for module, names in _HOMES.items() if name in names), "sources")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

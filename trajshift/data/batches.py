@@ -1,0 +1,252 @@
+"""Batches of a task as a pure function of the step.
+
+Examples are visited epoch by epoch without replacement; batches have a constant size and run across epoch
+ends. There is no state to save: batch 1,000 can be asked for directly, a round can be replayed, and nothing
+depends on other tasks, on processes or on workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import NoneType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from trajshift.data.hashing import key, permutation
+from trajshift.data.sources import ArraySource, Source, as_source, label_entry, seeded
+from trajshift.errors import UsageError
+from trajshift.task import Batch, Task, move
+
+if TYPE_CHECKING:
+    from trajshift.data.stream import Stream
+
+DEVICE_BYTES = 2 * 2**30
+"""Sources in memory up to this size (bytes) are copied to the device, larger ones stay where they are."""
+
+
+class Request(NamedTuple):
+    """Names one batch of one task."""
+
+    name: str
+    split: str
+    """`train`, `heldout` or `test`."""
+    step: int
+    size: int
+    """Examples asked for; the last batch of a test set may be smaller."""
+
+
+class RawBatches:
+    """The batches of one task before transform and move to the device; all that a loader worker needs.
+
+    With `heldout > 0` that share of the training examples (at least one) is never trained on.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        heldout: float = 0.0,
+    ) -> None:
+        self.name, self.seed = task.name, seed
+        self.batch_size = task.batch_size or batch_size
+        # A custom loss may use labels as it likes, for instance -100 for "ignore".
+        self._classes = task.outputs if task.kind == "classification" and task.loss is None else None
+        self._device = torch.device(device)
+        self._sources = {"train": self._checked(task.train, "training")}
+        if task.test is not None:
+            self._sources["test"] = self._checked(task.test, "test")
+        self._placed: set[str] = set()
+        self._members = self._split(heldout)
+        self._epochs: dict[tuple[str, int], Tensor] = {}
+
+    def source(self, split: str) -> Source:
+        """The source behind a split; one in memory is put on the device when first asked for."""
+        side = _side(split)
+        if side not in self._sources:
+            raise UsageError(f"task {self.name!r} has no test examples; give the task a test source")
+        source = self._sources[side]
+        if side not in self._placed:
+            self._placed.add(side)
+            if isinstance(source, ArraySource) and source.bytes <= DEVICE_BYTES:
+                self._sources[side] = source.to(self._device)
+        return self._sources[side]
+
+    def streams(self, split: str) -> bool:
+        """Whether the split exists and is made example by example, hence worth fetching ahead."""
+        return not isinstance(self._sources.get(_side(split)), (ArraySource, NoneType))
+
+    def size(self, split: str) -> int:
+        """The number of examples of a split."""
+        members = self._members.get(split)
+        return len(self.source(split)) if members is None else len(members)
+
+    def indices(self, step: int, split: str, size: int) -> Tensor:
+        """Numbers of the examples in batch `step`, int64 `[size]`, into the source of the split."""
+        count, position = self.size(split), step * size
+        if split == "test":
+            return torch.arange(position, min(position + size, count))
+        parts = []
+        end = position + size
+        while position < end:
+            epoch, start = divmod(position, count)
+            taken = min(count - start, end - position)
+            parts.append(self._order(split, epoch, count)[start : start + taken])
+            position += taken
+        chosen = torch.cat(parts) if len(parts) > 1 else parts[0]
+        members = self._members.get(split)
+        return chosen if members is None else members[chosen]
+
+    def fetch(self, request: Request) -> Batch:
+        """The batch as its source gives it, labels checked.
+
+        Raises:
+            UsageError: a class number outside 0 to `outputs` - 1.
+        """
+        source = self.source(request.split)
+        indices = self.indices(request.step, request.split, request.size)
+        if isinstance(source, ArraySource):
+            return source.fetch(indices)
+        with seeded(key(self.seed, self.name, "fetch", request.split, request.step)):
+            batch = source.fetch(indices)
+        self._check_labels(batch)
+        return batch
+
+    def _checked(self, data: object, what: str) -> Source:
+        source = as_source(data, what=f"the {what} set of task {self.name!r}")
+        if isinstance(source, ArraySource):
+            self._check_labels(source.tree)
+        return source
+
+    def _check_labels(self, batch: Batch) -> None:
+        labels = label_entry(batch)
+        if self._classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= self._classes:
+            raise UsageError(
+                f"task {self.name!r} has labels from {low} to {high} but outputs={self._classes}; use class numbers"
+                f" 0 to {self._classes - 1}"
+            )
+
+    def _split(self, heldout: float) -> dict[str, Tensor | None]:
+        if not 0.0 <= heldout < 1.0:
+            raise UsageError(f"heldout is {heldout}; use a share of the training examples from 0 to below 1")
+        if heldout == 0.0:
+            return {"train": None}
+        source = self.source("train")
+        kept = len(source) - max(1, round(heldout * len(source)))
+        if kept < 1:
+            raise UsageError(
+                f"task {self.name!r} has {len(source)} training examples: holding out {heldout:g} of them leaves none"
+                " to train on; lower heldout or give more examples"
+            )
+        order = permutation(key(self.seed, self.name, "split"), len(source)).to(self._index_device)
+        return {"train": order[:kept], "heldout": order[kept:]}
+
+    @property
+    def _index_device(self) -> torch.device:
+        source = self.source("train")
+        return source.device if isinstance(source, ArraySource) else torch.device("cpu")
+
+    def _order(self, split: str, epoch: int, count: int) -> Tensor:
+        if split not in self._members:
+            raise UsageError(f"task {self.name!r} holds no examples out; set heldout above 0")
+        if (split, epoch) not in self._epochs:
+            mine = [cached for cached in self._epochs if cached[0] == split]
+            if len(mine) == 2:
+                del self._epochs[mine[0]]
+            order = permutation(key(self.seed, self.name, split, epoch), count, device=self._index_device)
+            self._epochs[split, epoch] = order
+        return self._epochs[split, epoch]
+
+
+def _side(split: str) -> str:
+    return "test" if split == "test" else "train"
+
+
+class TaskBatches:
+    """The batches of one task on its device, transformed.
+
+    Args:
+        task: its `batch_size`, where set, goes before the argument.
+        seed: with the task's name it decides every draw.
+        batch_size: examples per training batch.
+        device: where batches are delivered; sources in memory of up to `DEVICE_BYTES` move there whole.
+        heldout: share of the training examples kept out of training for `heldout(step)`.
+        dtype: what floating entries of a batch are converted to; None leaves them.
+
+    Raises:
+        UsageError: no examples, labels outside the task's classes, or a split that leaves none to train on.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        heldout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if (task.batch_size or batch_size) < 1:
+            raise UsageError(f"batch_size is {batch_size}; use at least 1")
+        self.raw = RawBatches(task, seed=seed, batch_size=batch_size, device=device, heldout=heldout)
+        self.name, self.seed, self.batch_size = task.name, seed, self.raw.batch_size
+        self.device, self.dtype = torch.device(device), dtype
+        self.stream: Stream | None = None
+        self._transform = task.transform
+
+    @property
+    def size(self) -> int:
+        """The number of examples trained on, held-out ones not counted."""
+        return self.raw.size("train")
+
+    def indices(self, step: int, split: str = "train") -> Tensor:
+        """Numbers of the examples in batch `step` (0 first), int64 `[batch_size]`, into the task's source."""
+        return self.raw.indices(step, split, self.batch_size)
+
+    def train(self, step: int) -> Batch:
+        """Training batch number `step` (0 first), augmented."""
+        return self._ready("train", step)
+
+    def heldout(self, step: int) -> Batch:
+        """Batch number `step` of the held-out examples, augmented as training batches are.
+
+        Raises:
+            UsageError: nothing was held out.
+        """
+        return self._ready("heldout", step)
+
+    def test(self, batch_size: int = 500) -> Iterator[Batch]:
+        """The whole test set once, in order and without random draws; the last batch may be smaller.
+
+        Raises:
+            UsageError: the task has no test source.
+        """
+        if batch_size < 1:
+            raise UsageError(f"the test batch size is {batch_size}; use at least 1")
+        count = -(-self.raw.size("test") // batch_size)
+        requests = [Request(self.name, "test", step, batch_size) for step in range(count)]
+        fetched = map(self.raw.fetch, requests) if self.stream is None else self.stream.run(requests)
+        return (self._finish(batch, None) for batch in fetched)
+
+    def _ready(self, split: str, step: int) -> Batch:
+        request = Request(self.name, split, step, self.batch_size)
+        batch = self.raw.fetch(request) if self.stream is None else self.stream.take(request)
+        return self._finish(batch, key(self.seed, self.name, "augment", split, step))
+
+    def _finish(self, batch: Batch, draw: int | None) -> Batch:
+        batch = move(batch, self.device)
+        if self._transform is not None:
+            batch = self._transform(batch, draw)
+        return batch if self.dtype is None else tree_map(self._cast, batch)
+
+    def _cast(self, leaf: object) -> object:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

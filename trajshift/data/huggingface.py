@@ -1,0 +1,215 @@
+"""Labelled images by way of Hugging Face `datasets`: hub ids, saved folders, parquet files, image folders.
+
+Images are decoded and resized once. If a split fits in memory it becomes an `ArraySource` of uint8, else each
+image is decoded whenever it is fetched, best by the workers of a `Stream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from trajshift.data.preparation import image_tensor, prepare_images
+from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source
+from trajshift.errors import UsageError, nearest
+
+MEMORY_BYTES = 2**30
+"""A split whose prepared images take up to this much (bytes) is held in memory."""
+
+_TEST_SPLITS = ("test", "validation", "valid", "val")
+_LABELS = ("label", "labels", "fine_label", "class", "target")
+
+
+def load_hf(
+    path_or_id: str | Path,
+    *,
+    train: str = "train",
+    test: str | None = "auto",
+    image: str | None = None,
+    label: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> ImageData:
+    """Labelled images of a data set on the Hugging Face hub or in local files.
+
+    Args:
+        path_or_id: a hub id, a folder made by `save_to_disk`, a folder of parquet files, a folder of images (one
+            folder per class, in `train` and `test` or not), or parquet files (`*` and `?` allowed).
+        train: name of the training split.
+        test: name of the test split; `auto` is the first of test, validation, valid and val, None is none.
+        image: column of images; None takes the only one.
+        label: column of class names or numbers; None takes the only `ClassLabel`, else a column called
+            label, labels, fine_label, class or target.
+        size: pixels, as for `prepare_images`; None asks for images of one size.
+        channels: 1 or 3; None is what the first training image has.
+        subset: configuration of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
+        memory_bytes: splits that take more are decoded image by image, when fetched.
+
+    Raises:
+        UsageError: `datasets` or Pillow is not installed, the data set, split or column is not found, labels are
+            missing or out of range, images differ in size with no `size` given.
+    """
+    splits = _open(path_or_id, subset, revision)
+    if test == "auto":
+        test = next((name for name in _TEST_SPLITS if name in splits and name != train), None)
+    training = _split(path_or_id, splits, train)
+    image = _image_column(path_or_id, training, image)
+    label = _label_column(path_or_id, training, label)
+    class_names, number = _classes(f"{path_or_id}, split {train!r}", training, label)
+
+    def source(name: str, channels: int | None) -> Source:
+        what, split = f"{path_or_id}, split {name!r}", _split(path_or_id, splits, name)
+        labels = _numbers(what, split, label, number, len(class_names))
+        return _source(_Images(what, split, image, labels, size, channels), memory_bytes)
+
+    first = source(train, channels)
+    channels = first.fetch(torch.tensor([0]))[0].shape[1]
+    rest = None if test is None else source(test, channels)
+    return ImageData(train=first, test=rest, outputs=len(class_names), class_names=class_names)
+
+
+def hf_source(path_or_id: str | Path, split: str = "train", **options: Any) -> Source:
+    """One split as a source of `(x uint8 [B, C, H, W], y int64 [B])`; options and errors are those of `load_hf`."""
+    return load_hf(path_or_id, train=split, test=None, **options).train
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Images of one split, decoded and brought to one shape when indexed."""
+
+    def __init__(
+        self, what: str, split: Any, column: str, targets: Tensor, size: int | None, channels: int | None
+    ) -> None:
+        self.targets = targets
+        self._what, self._column, self._size, self._channels = what, column, size, channels
+        self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
+        self.shape = self._decode(0).shape
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        image = self._decode(number)
+        if image.shape != self.shape:
+            raise UsageError(
+                f"{self._what}: image {number} has shape {list(image.shape)} but the first {list(self.shape)};"
+                " set size to resize all, and channels if some are grey"
+            )
+        return image, int(self.targets[number])
+
+    def _decode(self, number: int) -> Tensor:
+        decoded = self._images[number][self._column]
+        if decoded is None:
+            raise UsageError(f"{self._what}: image {number} is missing; drop the row")
+        return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
+
+
+def _source(images: _Images, memory_bytes: int) -> Source:
+    if len(images) * images.shape.numel() > memory_bytes:
+        return DatasetSource(images)
+    pixels = torch.empty((len(images), *images.shape), dtype=torch.uint8)
+    for number in range(len(images)):
+        pixels[number] = images[number][0]
+    return ArraySource((pixels, images.targets))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+        import PIL  # noqa: F401  (datasets decodes images with it, and says so only when it meets one)
+    except ImportError as error:
+        raise UsageError(
+            f"Hugging Face data sets need {error.name}, which is not installed; pip install 'trajshift[data]'"
+        ) from error
+    return datasets
+
+
+def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> Mapping[str, Any]:
+    datasets = _datasets()
+    path, name = Path(path_or_id).expanduser(), str(path_or_id)
+    files = sorted(glob(str(path))) if name.endswith(".parquet") else []
+    if not files and not path.exists() and (name.endswith(".parquet") or name[0] in "./~" or name.count("/") > 1):
+        raise UsageError(f"{name}: no such file or folder; give a local path or a hub id")
+    try:
+        if files:
+            opened = datasets.load_dataset("parquet", data_files=files)
+        elif any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            opened = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            opened = datasets.load_dataset(str(path.resolve()), subset)
+        else:
+            opened = datasets.load_dataset(name, subset, revision=revision)
+    # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{name}: not to be opened as a data set ({reason})") from error
+    return opened if isinstance(opened, dict) else {"train": opened}
+
+
+def _split(what: str | Path, splits: Mapping[str, Any], name: str) -> Any:
+    if name not in splits:
+        raise UsageError(f"{what}: there is no split {name!r}{nearest(name, splits)}")
+    if len(splits[name]) == 0:
+        raise UsageError(f"{what}: split {name!r} is empty; a split needs at least one image")
+    return splits[name].with_format(None)
+
+
+def _image_column(what: str | Path, split: Any, wanted: str | None) -> str:
+    found = [name for name, kind in split.features.items() if isinstance(kind, _datasets().Image)]
+    if wanted is None and len(found) == 1:
+        return str(found[0])
+    if wanted not in split.column_names:
+        said = f"no column {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
+        raise UsageError(f"{what} has {said}; set image to one of {', '.join(found or split.column_names)}")
+    return str(wanted)
+
+
+def _label_column(what: str | Path, split: Any, wanted: str | None) -> str:
+    found = [name for name, kind in split.features.items() if isinstance(kind, _datasets().ClassLabel)]
+    if wanted is None and not found:
+        found = [name for name in _LABELS if name in split.column_names][:1]
+    if wanted is None and len(found) == 1:
+        return str(found[0])
+    if wanted not in split.column_names:
+        said = f"no column {wanted!r}" if wanted else f"{len(found) or 'no'} columns of labels"
+        raise UsageError(f"{what} has {said}; set label to one of {', '.join(found or split.column_names)}")
+    return str(wanted)
+
+
+def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """Names of the classes, and the function from an entry of the column to its class number (-1: none)."""
+    feature = split.features[label]
+    if isinstance(feature, _datasets().ClassLabel):
+        return tuple(feature.names), int
+    entries = set(split.select_columns([label])[:][label])
+    if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+        return tuple(map(str, range(max(entries) + 1))), int
+    if None in entries or not all(isinstance(entry, (str, bool)) for entry in entries):
+        raise UsageError(f"{what}: column {label!r} holds no class names or numbers; set label to one that does")
+    places = {entry: number for number, entry in enumerate(sorted(entries))}
+    return tuple(map(str, places)), lambda entry: places.get(entry, -1)
+
+
+def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], outputs: int) -> Tensor:
+    if label not in split.column_names:
+        raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
+    entries = split.select_columns([label])[:][label]
+    if None in entries:
+        raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
+    numbers = torch.tensor([number(entry) for entry in entries])
+    wrong = torch.nonzero((numbers < 0) | (numbers >= outputs)).flatten().tolist()
+    if wrong:
+        raise UsageError(
+            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {outputs} training classes;"
+            " choose another split or label column"
+        )
+    return numbers

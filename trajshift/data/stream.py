@@ -1,0 +1,146 @@
+"""One pool of DataLoader workers for every task whose examples are not held in memory.
+
+A request names a batch, and its content is a function of that name alone; the pool only fetches ahead. It is
+told the order in which batches will be asked for and starts anew where it is asked for something else, so
+replay, resume and sampled tasks change the speed and never a bit.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trajshift.data.batches import RawBatches, Request, TaskBatches
+from trajshift.errors import UsageError
+from trajshift.task import Batch
+
+
+class _Plan:
+    """What the loader is to fetch: it pulls requests some way ahead, and those pulled are remembered in `sent`."""
+
+    def __init__(self) -> None:
+        self.requests: Iterator[Request] = iter(())
+        self.sent: deque[Request] = deque()
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self.requests:
+            self.sent.append(request)
+            yield request
+
+
+class _Requests(Dataset[Any]):
+    """The data set the workers see: indexed by request, one batch each, or what is wrong with it."""
+
+    def __init__(self, raw: Mapping[str, RawBatches]) -> None:
+        self._raw = dict(raw)
+
+    def __getitem__(self, request: Request) -> Batch | UsageError:
+        try:
+            return self._raw[request.name].fetch(request)
+        except UsageError as error:
+            return error  # raised in the parent; the loader would bury its sentence in a traceback
+
+
+class Stream:
+    """Fetches the batches of many tasks ahead, in `workers` processes; with none, when they are asked for.
+
+    The `TaskBatches` given here take what is not in memory from the stream from then on. It expects, step by step,
+    one training batch of each such task in the order of `batches`, until `follow` tells it another order.
+
+    Raises:
+        UsageError: fewer than 0 workers.
+    """
+
+    def __init__(self, batches: Mapping[str, TaskBatches], workers: int) -> None:
+        if workers < 0:
+            raise UsageError(f"workers is {workers}; use 0 for none, or a number of processes")
+        self._raw = {task.name: task.raw for task in batches.values()}
+        self._sizes = {task.name: task.batch_size for task in batches.values()}
+        self._served: dict[tuple[str, str], int] = {}
+        self._plan = _Plan()
+        self._fetched: Iterator[Any] | None = None
+        self._loader: DataLoader[Any] | None = None
+        if workers and any(raw.streams(split) for raw in self._raw.values() for split in ("train", "test")):
+            self._loader = DataLoader(
+                _Requests(self._raw),
+                batch_size=None,
+                sampler=self._plan,
+                collate_fn=_unchanged,
+                num_workers=workers,
+                persistent_workers=True,
+                pin_memory=any(task.device.type == "cuda" for task in batches.values()),
+                worker_init_fn=_ignore_signals,
+                generator=torch.Generator(),  # else every start draws from the global generator
+            )
+        self.follow([(name, "train") for name in self._raw])
+        for task in batches.values():
+            task.stream = self
+
+    def follow(self, lanes: Sequence[tuple[str, str]]) -> None:
+        """From now on expect, step by step, one batch of each `(task name, split)` in this order.
+
+        Batches off these lanes, and a batch asked for twice running, are fetched in this process and leave the
+        plan alone.
+        """
+        self._lanes = [(name, split) for name, split in lanes if self._raw[name].streams(split)]
+
+    def get(self, name: str, step: int, split: str = "train") -> Batch:
+        """The raw batch `step` of a task."""
+        return self.take(Request(name, split, step, self._sizes[name]))
+
+    def take(self, request: Request) -> Batch:
+        """The raw batch that `request` names."""
+        lane = (request.name, request.split)
+        if lane not in self._lanes or self._served.get(lane) == request.step:
+            return self._raw[request.name].fetch(request)
+        self._served[lane] = request.step
+        return self._next(request, self._steps_from(request))
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """The raw batches of all `requests` in order, fetched ahead; the plan starts anew afterwards."""
+        for number, request in enumerate(requests):
+            if self._raw[request.name].streams(request.split):
+                yield self._next(request, iter(requests[number:]))
+            else:
+                yield self._raw[request.name].fetch(request)
+
+    def close(self) -> None:
+        """Ends the workers; later batches are fetched in this process."""
+        self._loader = self._fetched = None
+
+    def _next(self, request: Request, plan: Iterator[Request]) -> Batch:
+        if self._loader is None:
+            return self._raw[request.name].fetch(request)
+        sent = self._plan.sent
+        if self._fetched is None or not sent or sent[0] != request:
+            self._plan.requests = plan
+            sent.clear()
+            self._fetched = iter(self._loader)  # the same workers; what they have in hand is dropped
+        sent.popleft()
+        batch = next(self._fetched)
+        if isinstance(batch, UsageError):
+            raise batch
+        return batch
+
+    def _steps_from(self, request: Request) -> Iterator[Request]:
+        lanes = self._lanes
+        for place in count(lanes.index((request.name, request.split))):
+            cycle, lane = divmod(place, len(lanes))
+            name, split = lanes[lane]
+            yield Request(name, split, request.step + cycle, self._sizes[name])
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    # A terminal or a scheduler signals the whole process group; the parent still needs batches to end its step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

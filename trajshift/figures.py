@@ -1,0 +1,248 @@
+"""The figures of a report, drawn with matplotlib from summaries and curves; torch-free, no global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trajshift.comparison import SCRATCH, Curve, Summary
+from trajshift.errors import UsageError
+from trajshift.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008): told apart with any colour vision and, with the markers, in grey print. Yellow is left
+# out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#767676"
+_BINS = 150
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "figure.dpi": 150,
+}
+
+Looks = Mapping[str, Mapping[str, Any]]
+
+
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each method, the same in every figure; scratch is grey and dashed."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, label in enumerate(name for name in labels if name != SCRATCH):
+        turn = index // len(_COLOURS)
+        found[label] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": ("-", "--", ":")[turn % 3],
+        }
+    found[SCRATCH] = {"color": _GREY, "marker": "x", "linestyle": "--"}
+    return found
+
+
+def comparison_figure(summary: Summary, styles: Looks) -> Figure:
+    """Per target and on average: mean and 95% interval of each method; ticks are the seeds behind the average."""
+    average = len(summary.targets) > 1
+    names = [*summary.targets, *(["average of targets"] if average else [])]
+    lines = list(reversed(summary.lines))
+    figure, axes = _grid(len(names), columns=min(4, len(names)), height=0.75 + 0.27 * len(lines), sharey=True)
+    scale = 100.0 if summary.percent else 1.0
+    for axis, name in zip(axes, names, strict=True):
+        for place, line in enumerate(lines):
+            is_average = average and name == names[-1]
+            estimate = line.average if is_average else line.targets.get(name)
+            if is_average or not average:
+                values = [scale * value for value in line.per_seed.values()]
+                axis.plot(values, [place] * len(values), "|", color=styles[line.label]["color"], alpha=0.5, ms=9)
+            if estimate is not None:
+                _dot(axis, estimate, place, scale, styles[line.label])
+        axis.set_title(name)
+        axis.set_ylim(-0.6, len(lines) - 0.4)
+        axis.set_yticks(range(len(lines)), [line.label for line in lines])
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel(_unit(summary.metric))
+        axis.margins(x=0.12)
+    return figure
+
+
+def curve_figure(
+    panels: Mapping[str, Sequence[Curve]],
+    styles: Looks,
+    *,
+    metric: str,
+    xlabel: str,
+    levels: Mapping[str, Estimate] | None = None,
+    log: bool = False,
+) -> Figure:
+    """One panel per target: the metric against x with 95% bands; `levels` are lines for scratch, by panel."""
+    figure, axes = _grid(len(panels), columns=min(3, len(panels)), height=2.5)
+    scale = 100.0 if metric == "accuracy" else 1.0
+    for axis, (name, found) in zip(axes, panels.items(), strict=True):
+        if levels and name in levels:
+            _level(axis, levels[name], scale, styles[SCRATCH])
+        for curve in found:
+            style = styles[curve.label]
+            y = scale * np.array([point.mean for point in curve.y])
+            half = scale * np.array([point.half_width or 0.0 for point in curve.y])
+            axis.plot(curve.x, y, label=curve.label, ms=4, lw=1.5, **style)
+            axis.fill_between(curve.x, y - half, y + half, color=style["color"], alpha=0.14, lw=0)
+        if log:
+            _log_axis(axis, sorted({x for curve in found for x in curve.x}))
+        else:
+            axis.set_xlim(left=0)
+        axis.set_title(name)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(_unit(metric))
+    _legend(figure, axes)
+    return figure
+
+
+Series = tuple[Sequence[float], Sequence[float]]
+
+
+def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles: Looks, *, ylabel: str) -> Figure:
+    """One panel per task: a quantity logged in training against inner steps, a line per method.
+
+    `panels`: task -> label -> one `(inner steps, values)` per seed. Long series are averaged in bins; with
+    several seeds the line is their mean and the band their range.
+    """
+    figure, axes = _grid(len(panels), columns=min(4, len(panels)), height=1.9, sharex=True)
+    for axis, (name, by_label) in zip(axes, panels.items(), strict=True):
+        for label, runs in by_label.items():
+            style = {key: value for key, value in styles[label].items() if key != "marker"}
+            x, values = _aligned(runs)
+            axis.plot(x, values.mean(0), label=label, lw=1.3, **style)
+            if len(values) > 1:
+                axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.14, lw=0)
+        axis.set_title(name)
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=4)
+    columns = min(4, len(panels))
+    for index, axis in enumerate(axes):
+        if index % columns == 0:
+            axis.set_ylabel(ylabel)
+        if index + columns >= len(axes):
+            axis.set_xlabel("inner steps per task")
+            axis.tick_params(labelbottom=True)
+    _legend(figure, axes)
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element to put into a page; the same input gives the same bytes."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, name: str, folder: Path) -> str:
+    """Writes `folder/name.svg` and `folder/name.png` (150 dots per inch); returns the SVG element."""
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    element = svg(figure, name)
+    (folder / f"{name}.svg").write_text(element, encoding="utf-8")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None}, bbox_inches="tight")
+    return element
+
+
+def _grid(count: int, *, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure 9 inches wide with `count` panels; `height` in inches a row."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("figures need matplotlib: pip install 'trajshift[report]'") from None
+    rows = -(-count // columns)
+    width = {1: 5.2, 2: 7.6}.get(columns, 9.4)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, **shared)
+        axes = list(grid.flat)
+        for unused in axes[count:]:
+            unused.remove()
+    return figure, axes[:count]
+
+
+def _dot(axis: Axes, estimate: Estimate, place: int, scale: float, style: Mapping[str, Any]) -> None:
+    half = None if estimate.half_width is None else scale * estimate.half_width
+    axis.errorbar(
+        scale * estimate.mean,
+        place,
+        xerr=half,
+        fmt=style["marker"],
+        color=style["color"],
+        ms=5,
+        capsize=2.5,
+        lw=1.4,
+    )
+
+
+def _level(axis: Axes, estimate: Estimate, scale: float, style: Mapping[str, Any]) -> None:
+    axis.axhline(scale * estimate.mean, color=style["color"], linestyle=style["linestyle"], lw=1.2, label=SCRATCH)
+    if estimate.low is not None and estimate.high is not None:
+        axis.axhspan(scale * estimate.low, scale * estimate.high, color=style["color"], alpha=0.1, lw=0)
+
+
+def _log_axis(axis: Axes, places: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    shown = places if len(places) <= 6 else places[:: -(-len(places) // 6)]
+    axis.set_xticks(shown, [f"{place:g}" for place in shown])
+    axis.minorticks_off()
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels = sorted(handles, key=lambda label: label == SCRATCH)
+    columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
+    figure.legend(
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False
+    )
+
+
+def _unit(metric: str) -> str:
+    return "test accuracy in %" if metric == "accuracy" else f"test {metric}"
+
+
+def _aligned(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
+    """Common `x` `[N]` and values `[runs, N]`: as they are if short and equal, else means in up to 150 bins."""
+    first = np.asarray(runs[0][0], dtype=float)
+    if len(first) <= _BINS and all(np.array_equal(first, x) for x, _ in runs):
+        return first, np.array([y for _, y in runs], dtype=float)
+    end = min(max(x) for x, _ in runs)
+    edges = np.linspace(0, end, _BINS + 1)
+    means = np.full((len(runs), _BINS), np.nan)
+    for row, (x, y) in zip(means, runs, strict=True):
+        places = np.clip(np.searchsorted(edges, np.asarray(x, dtype=float)) - 1, 0, _BINS - 1)
+        inside = np.asarray(x) <= end
+        counts = np.bincount(places[inside], minlength=_BINS)
+        sums = np.bincount(places[inside], weights=np.asarray(y, dtype=float)[inside], minlength=_BINS)
+        row[counts > 0] = sums[counts > 0] / counts[counts > 0]
+    kept = ~np.isnan(means).any(0)
+    return ((edges[1:] + edges[:-1]) / 2)[kept], means[:, kept]

@@ -1,0 +1,293 @@
+"""The run directory: recipe, rows of numbers, environment. Only rank 0 writes. This module never imports torch.
+
+    runs/NAME/
+      recipe.yaml                 the resolved recipe
+      environment.json            versions, hardware, commit
+      choices.json                what the method, the model and the tasks resolved to: meta_lr, shared parameters, ...
+      metrics.jsonl               one row per log step; no clock in it
+      timing.jsonl                the same steps with seconds and steps per second
+      checkpoints/STEP/           what `--resume` continues from
+      initialization.safetensors  phi, once the run is complete
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trajshift.errors import UsageError
+from trajshift.recipe import TASK_SECTIONS, Recipe, differences, flatten, load, to_yaml
+
+MAY_CHANGE = ("rounds", "output", "data.root")
+"""Fields that a resumed run may change at any step: they do not alter a number that was already computed."""
+MAY_CHANGE_BETWEEN_ROUNDS = ("tasks", "train_on")
+NOT_TRAINED = ("tuning", "targets")
+
+
+def run_name(recipe: Recipe, source: str) -> str:
+    """The name of the run directory: output.name, or recipe, method and seed."""
+    return recipe.output.name or f"{source}-{recipe.method}-seed{recipe.seed}"
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of the fields that must not change on resume, to know a checkpoint of another recipe."""
+    free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED, "threads")
+    fixed = {key: value for key, value in flatten(recipe).items() if not _within(key, free)}
+    return blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+class RunDirectory:
+    """Paths, rows and checks of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+        self._metrics: BinaryIO | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "recipe.yaml").is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def initialization(self) -> Path:
+        """The file of the finished run's phi."""
+        return self.path / "initialization.safetensors"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return load(self.path)
+
+    def lock(self) -> None:
+        """Refuse to train where another process does; held until this process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.path} is being trained by another process; wait or name another run") from None
+
+    def unlock(self) -> None:
+        """Let others train here, and close what is open."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe."""
+        replace_file(self.path / "recipe.yaml", to_yaml(recipe))
+
+    def write_environment(self, details: dict[str, Any], choices: dict[str, Any]) -> None:
+        """Write what this start runs on, after what earlier ones ran on, and the choices that were resolved."""
+        path = self.path / "environment.json"
+        try:
+            now = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*now.pop("earlier_starts", []), now]
+        except (OSError, ValueError):
+            earlier = []
+        details = {**details, "earlier_starts": earlier} if earlier else details
+        replace_file(path, json.dumps(details, indent=1) + "\n")
+        replace_file(self.path / "choices.json", json.dumps(choices, indent=1) + "\n")
+
+    # rows ---------------------------------------------------------------------------------------------------
+
+    def cut(self, step: int, metrics_bytes: int) -> None:
+        """Forget the rows written after the checkpoint at `step`, half-written lines included.
+
+        Raises:
+            UsageError: metrics.jsonl is shorter than it was when the checkpoint was made.
+        """
+        metrics = self.path / "metrics.jsonl"
+        length = metrics.stat().st_size if metrics.exists() else 0
+        if length < metrics_bytes:
+            raise UsageError(
+                f"{metrics} has {length} bytes, but had {metrics_bytes} at the checkpoint of step {step}; put the file back"
+            )
+        if metrics.exists():
+            os.truncate(metrics, metrics_bytes)
+        timing = self.path / "timing.jsonl"
+        kept = [row for row in read_rows(timing) if row["step"] <= step]
+        if timing.exists():
+            replace_file(timing, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def seconds(self) -> float:
+        """Seconds trained so far, by the last row of timing.jsonl."""
+        rows = read_rows(self.path / "timing.jsonl")
+        return float(rows[-1]["seconds"]) if rows else 0.0
+
+    def write_row(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl and one to timing.jsonl."""
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by unlock
+        self._metrics.write((json.dumps(metrics) + "\n").encode())
+        self._metrics.flush()
+        with open(self.path / "timing.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(timing) + "\n")
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl once all rows are safely on the disk."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a .jsonl file; a half-written last line is left out, a missing file has none."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        rows.append(json.loads(line))
+    return rows
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old or the new one, never half."""
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+# resume -----------------------------------------------------------------------------------------------------
+
+
+def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
+    """The recipe a resumed run goes on with; what `new` leaves open (name, threads) stays as it was.
+
+    Raises:
+        UsageError: a field differs that must not, by its name.
+    """
+    new = replace(new, threads=new.threads or old.threads)
+    new.output = replace(new.output, name=new.output.name or old.output.name)
+    free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED)
+    refused = [key for key in differences(old, new) if not _within(key, free)]
+    if refused:
+        before, after = flatten(old), flatten(new)
+        key = refused[0]
+        others = f" (also {', '.join(refused[1:])})" if refused[1:] else ""
+        raise UsageError(
+            f"{where} was started with another recipe: {key} was {before.get(key)!r} and is now {after.get(key)!r}{others}; "
+            "only tasks, rounds and output may change on resume; give the new run another name"
+        )
+    return new
+
+
+def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
+    """Refuse changed source tasks unless `step` lies between two rounds."""
+    changed = [key for key in differences(old, new) if _within(key, MAY_CHANGE_BETWEEN_ROUNDS)]
+    if changed and step % new.horizon:
+        raise UsageError(
+            f"{changed[0]} may change only between rounds, but the newest checkpoint is at step {step} "
+            f"and a round has {new.horizon}; go on with the old tasks to the end of the round"
+        )
+    if step > new.total_steps:
+        raise UsageError(f"rounds is {new.rounds}, which ends at step {new.total_steps}, but step {step} is already done")
+
+
+# the world outside ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one sentence that a disk is full or refuses to be written, whichever library found out."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = str(error)
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text:
+            raise UsageError(
+                f"no space left on the disk of {path}; free some and continue with: trajshift train --resume {path}"
+            ) from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(f"cannot write to {path}: {text}; choose another output.directory") from error
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit, without naming the machine or its user."""
+    packages = ("trajshift", "torch", "numpy", "safetensors", "pydantic")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        from trajshift import __version__
+
+        return __version__ if package == "trajshift" else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the package lies in, with + where files differ from it; None elsewhere."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", "rundir.py")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "") if tracked else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+__all__ = [
+    "TASK_SECTIONS",
+    "RunDirectory",
+    "check_boundary",
+    "disk_errors",
+    "environment",
+    "fingerprint",
+    "read_rows",
+    "replace_file",
+    "resumed_recipe",
+    "run_name",
+]
