@@ -20,7 +20,7 @@ from trajshift.statistics import compare, holm, interval, paired_test
 # -- statistics --------------------------------------------------------------------------------------------------
 
 # Student (1908), "The probable error of a mean": additional hours of sleep under two drugs, ten patients. The paired
-# comparison is the textbook example of R's t.test: t = -4.0621, df = 9, p = 0.002833, 95% interval -2.4598858 to -0.7001142.
+# comparison is the example of R's t.test: t = -4.0621, df = 9, p = 0.002833, 95% interval -2.4598858 to -0.7001142.
 DRUG_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
 DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 
@@ -73,7 +73,11 @@ def test_paired_test_takes_common_seeds_only() -> None:
 
 @pytest.mark.parametrize(
     ("second", "reason"),
-    [({5: 1.0}, "no seed in common"), ({0: 0.5}, "one seed in common"), ({0: 0.5, 1: 1.5, 2: 2.5}, "same at every seed")],
+    [
+        ({5: 1.0}, "no seed in common"),
+        ({0: 0.5}, "one seed in common"),
+        ({0: 0.5, 1: 1.5, 2: 2.5}, "same at every seed"),
+    ],
 )
 def test_pairs_without_a_test_say_why(second: dict[int, float], reason: str) -> None:
     test = paired_test({0: 1.0, 1: 2.0, 2: 3.0}, second)
@@ -143,7 +147,9 @@ def row(label: str, seed: int, target: str, accuracy: float | None, **more: Any)
         "steps": 300,
         "setting": f"s-{target}",
     }
-    result = {"error": "the loss at step 3 is nan"} if accuracy is None else {"accuracy": accuracy, "loss": 1 - accuracy}
+    result = (
+        {"error": "the loss at step 3 is nan"} if accuracy is None else {"accuracy": accuracy, "loss": 1 - accuracy}
+    )
     return base | result | more
 
 
@@ -229,7 +235,11 @@ def test_no_rows_and_metrics() -> None:
 
 
 def test_tables_by_size_and_few_data_curve() -> None:
-    sizes = [r | {"train_images": n, "images": n, "accuracy": r["accuracy"] * n / 100} for r in table(VALUES) for n in (10, 50)]
+    sizes = [
+        r | {"train_images": n, "images": n, "accuracy": r["accuracy"] * n / 100}
+        for r in table(VALUES)
+        for n in (10, 50)
+    ]
     rows = [*sizes, *table(VALUES)]
     assert [summary.train_images for summary in summary_tables(rows)] == [None, 50, 10]
     curve = curves(rows, "images", metric="accuracy", target="cars")[0]
@@ -255,7 +265,12 @@ def test_labels_name_what_sets_runs_apart() -> None:
         "c": base | {"meta_lr": 3.0},
         "d": base | {"method": "mtl", "tasks.svhn.flip": False},
     }
-    assert label_runs(runs) == {"a": "reptile meta_lr=1", "b": "reptile meta_lr=1", "c": "reptile meta_lr=3", "d": "mtl"}
+    assert label_runs(runs) == {
+        "a": "reptile meta_lr=1",
+        "b": "reptile meta_lr=1",
+        "c": "reptile meta_lr=3",
+        "d": "mtl",
+    }
     fewer = {"a": base | {"tasks.svhn.flip": True}, "b": base}
     assert label_runs(fewer) == {"a": "reptile tasks=mnist+svhn", "b": "reptile tasks=mnist"}
 

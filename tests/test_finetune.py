@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,13 @@ def body(seed: int = 3) -> dict[str, Tensor]:
 
 
 def tune(initialization: Any = None, task: Task | None = None, **changes: Any) -> Any:
-    options: dict[str, Any] = {"model": factory, "steps": STEPS, "batch_size": BATCH, "seed": SEED, "dtype": torch.float64}
+    options: dict[str, Any] = {
+        "model": factory,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "seed": SEED,
+        "dtype": torch.float64,
+    }
     return finetune(initialization, task or make_task(), **(options | changes))
 
 
@@ -66,7 +73,9 @@ def drawn(make: Callable[[], nn.Module], *parts: int | str) -> nn.Module:
     return make()
 
 
-def plain_loop(start: nn.Module, lr_at: Callable[[int], float], steps: int, *, dropout_seeds: bool = False) -> nn.Module:
+def plain_loop(
+    start: nn.Module, lr_at: Callable[[int], float], steps: int, *, dropout_seeds: bool = False
+) -> nn.Module:
     """The published meta-test without any of the library but its two documented draws (order, dropout)."""
     x, y = examples(20, 0)
     order = torch.cat([permutation(key(SEED, "target", "train", epoch), 20) for epoch in range(10)])
@@ -112,7 +121,7 @@ def test_equals_the_plain_loop_in_float64() -> None:
     x, y = examples(13, 1)
     with torch.no_grad():
         logits = expected(x)
-    assert tuned.metrics["accuracy"] == pytest.approx((logits.argmax(1) == y).double().mean().item(), abs=1e-12)
+    assert tuned.metrics["accuracy"] == pytest.approx((logits.argmax(1) == y).double().mean().item(), abs=1e-7)
     assert tuned.metrics["loss"] == pytest.approx(F.cross_entropy(logits, y).item(), abs=1e-12)
     assert tuned.images == 20
     assert tuned.fresh == ("fc.weight", "fc.bias")
@@ -120,8 +129,8 @@ def test_equals_the_plain_loop_in_float64() -> None:
 
 
 def test_dropout_draws_by_seed_task_and_step() -> None:
-    before = torch.get_rng_state()
-    tuned = tune(body(), model=lambda task: Net(3, 0.5))
+    phi, before = body(), torch.get_rng_state()
+    tuned = tune(phi, model=lambda task: Net(3, 0.5))
     assert torch.equal(torch.get_rng_state(), before)
     assert_same(tuned.module, plain_loop(start_from(body(), 0.5), published_lr, STEPS, dropout_seeds=True))
 
@@ -199,8 +208,7 @@ def test_a_module_as_the_model() -> None:
 
 
 def test_the_subset_is_balanced_and_the_same_for_every_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
-    import trajshift.finetune as module
-
+    module = sys.modules["trajshift.finetune"]  # the package's attribute of this name is the function
     seen: list[Tensor] = []
     original = module.subset
 
@@ -217,7 +225,29 @@ def test_the_subset_is_balanced_and_the_same_for_every_initialization(monkeypatc
     assert torch.equal(seen[0][:4], seen[2])
     assert not torch.equal(seen[0], seen[3])
     assert sorted(torch.bincount(examples(20, 0)[1][seen[0]]).tolist()) == [2, 2, 3]
-    assert tune(body(1), train_images=1000, steps=1).images == 20
+    more = tune(body(1), train_images=1000)
+    assert more.images == 20
+    assert_same(more.module, tune(body(1)).module, 0.0)
+
+
+class Folder(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    def __init__(self, n: int, seed: int) -> None:
+        self.x, self.y = examples(n, seed)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], int(self.y[index])
+
+
+def test_a_map_style_data_set_with_and_without_workers() -> None:
+    expected = tune(body())
+    for workers in (0, 1):
+        tuned = tune(body(), make_task(train=Folder(20, 0), test=Folder(13, 1)), workers=workers)
+        assert_same(tuned.module, expected.module, 0.0)
+        assert tuned.metrics == expected.metrics
+    assert tune(body(), make_task(train=Folder(20, 0)), train_images=7, steps=1).images == 7
 
 
 # -- BatchNorm statistics ------------------------------------------------------------------------------------------
@@ -283,7 +313,9 @@ def test_curve_and_progress() -> None:
     assert_same(tuned.module, tune(body()).module, 0.0)  # looking changes nothing
     long = tune(body(), steps=120)
     assert len(long.curve) == 60
-    assert long.curve[0]["train_loss"] == pytest.approx(sum(p["train_loss"] for p in tune(body(), steps=2, schedule="constant").curve) / 2)
+    assert long.curve[0]["train_loss"] == pytest.approx(
+        sum(p["train_loss"] for p in tune(body(), steps=2, schedule="constant").curve) / 2
+    )
 
 
 def test_regression_and_no_test_set() -> None:
@@ -322,7 +354,7 @@ def test_mistakes_are_said_in_a_sentence(changes: dict[str, Any], sentence: str)
 def test_initializations_that_do_not_fit() -> None:
     with pytest.raises(UsageError, match=r"'conv.weight' with shape \(4, 3, 3, 3\).*\(4, 2, 3, 3\)"):
         tune(body() | {"conv.weight": torch.zeros(4, 3, 3, 3)})
-    with pytest.raises(UsageError, match="no place for 'layer1.weight'"):
+    with pytest.raises(UsageError, match=r"no place for 'layer1\.weight'"):
         tune(body() | {"layer1.weight": torch.zeros(1)})
     with pytest.raises(UsageError, match="no place for any trainable parameter"):
         tune({})

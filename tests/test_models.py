@@ -17,9 +17,7 @@ from trajshift.task import Task
 BUILT_IN = ("conv", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "resnet34")
 
 
-def image_task(
-    outputs: int | None = 10, shape: tuple[int, ...] | None = (3, 32, 32), **fields: object
-) -> Task:
+def image_task(outputs: int | None = 10, shape: tuple[int, ...] | None = (3, 32, 32), **fields: object) -> Task:
     return Task(name="task", train=None, outputs=outputs, input_shape=shape, **fields)
 
 
@@ -52,10 +50,7 @@ def torchvision_keys(blocks: list[int]) -> list[str]:
     """The state-dict keys of torchvision's basic-block ResNets, in order."""
 
     def norm(name: str) -> list[str]:
-        return [
-            f"{name}.{leaf}"
-            for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ]
+        return [f"{name}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
     keys = ["conv1.weight", *norm("bn1")]
     for stage, count_ in enumerate(blocks, start=1):
@@ -109,9 +104,7 @@ def test_training_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
     module = models.build(name, image_task(5, (3, 12, 12)))
     module(torch.randn(4, 3, 12, 12)).square().mean().backward()
-    assert [
-        n for n, p in module.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)
-    ] == []
+    assert [n for n, p in module.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)] == []
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "conv"])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from trajshift import models
+from trajshift.data.batches import TaskBatches
 from trajshift.data.digits import load_digits
 from trajshift.data.hashing import key
 from trajshift.data.images import image_task
@@ -20,11 +21,12 @@ from trajshift.errors import UsageError, nearest
 from trajshift.importing import load_object
 from trajshift.initialization import load_initialization
 from trajshift.inner import Inner
-from trajshift.learner import Factory
+from trajshift.learner import Factory, fresh_module, head_key, seeded
 from trajshift.loop import MetaTrainer
 from trajshift.recipe import TASK_SECTIONS, Recipe
 from trajshift.recipe_fields import DataRecipe, TaskRecipe
 from trajshift.task import Task
+from trajshift.trajectories import is_in_head
 
 IMAGE_FIELDS = ("size", "channels", "crop_padding", "flip", "mean", "std", "train_images")
 """What a task takes from `data` where it leaves it open."""
@@ -39,8 +41,10 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
     tasks = build_tasks(recipe)
     inner = recipe.inner
     start = None if recipe.initialization is None else load_initialization(recipe.initialization)
+    model = model_factory(recipe)
+    check_fit(model, tasks, recipe)
     return MetaTrainer(
-        model_factory(recipe),
+        model,
         tasks,
         recipe.method,
         horizon=recipe.horizon,
@@ -88,7 +92,9 @@ def device(name: str) -> torch.device:
         found = torch.device(name)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; try device=cpu") from None
+        raise UsageError(
+            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; try device=cpu"
+        ) from None
     return found
 
 
@@ -99,6 +105,42 @@ def model_factory(recipe: Recipe) -> Factory:
         return models.build(recipe.model.name, task, **recipe.model.options)
 
     return model
+
+
+def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
+    """Refuse tasks whose examples the model cannot take; one task for each shape of example is tried.
+
+    Raises:
+        UsageError: names the task, the shape and torch's reason.
+    """
+    tried: set[tuple[int, ...] | None] = set()
+    for name, task in tasks.items():
+        if task.input_shape in tried and task.input_shape is not None:
+            continue
+        tried.add(task.input_shape)
+        module = fresh_module(model, task, head_key(recipe.seed, name)).eval()
+        batch = TaskBatches(replace(task, batch_size=2), seed=recipe.seed, batch_size=2).train(0)
+        try:
+            with torch.no_grad(), seeded(0, torch.device("cpu")):
+                task.compute_loss(module, batch)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            shape = "" if task.input_shape is None else f" of shape {list(task.input_shape)}"
+            raise UsageError(
+                f"the examples of task {name!r}{shape} do not fit model {recipe.model.name!r}: "
+                f"{str(error).splitlines()[0]}; set data.size and data.channels, or use another model"
+            ) from error
+
+
+def unshared(trainer: MetaTrainer) -> list[str]:
+    """Trainable parameters of the first task's model outside the head that are not shared with all tasks.
+
+    Images of unequal channels make the first layer such a one, which is seldom wanted.
+    """
+    task = next(iter(trainer.roster.tasks.values()))
+    module = fresh_module(trainer.blueprint.factory, task, head_key(trainer.seed, task.name))
+    heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [name for name in names if name not in shared and not is_in_head(name, heads)]
 
 
 def build_tasks(recipe: Recipe, names: Iterable[str] | None = None) -> dict[str, Task]:
@@ -161,7 +203,14 @@ def _image_task(name: str, images: ImageData, task: TaskRecipe) -> Task:
 
 def finetune_options(recipe: Recipe) -> dict[str, Any]:
     """The recipe's arguments for `finetune.finetune`, its seed included."""
-    return {**asdict(recipe.finetune), "model": model_factory(recipe), "head": recipe.head, "device": device(recipe.device), "seed": recipe.seed}
+    return {
+        **asdict(recipe.finetune),
+        "model": model_factory(recipe),
+        "head": recipe.head,
+        "device": device(recipe.device),
+        "workers": recipe.workers,
+        "seed": recipe.seed,
+    }
 
 
 def resolved(task: TaskRecipe, data: DataRecipe) -> TaskRecipe:
@@ -186,7 +235,9 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
     from trajshift.data.huggingface import load_hf
 
     local = Path(data.root).expanduser() / place
-    known = [field for field in inspect.signature(load_hf).parameters if field not in ("path_or_id", "size", "channels")]
+    known = [
+        field for field in inspect.signature(load_hf).parameters if field not in ("path_or_id", "size", "channels")
+    ]
     for option in task.options:
         if option not in known:
             raise UsageError(f"task {name!r}: hf sources have no option {option!r}{nearest(option, known)}")
@@ -198,7 +249,9 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
 def _no_options(name: str, task: TaskRecipe) -> None:
     if task.options:
         kind = task.source.partition(":")[0]
-        raise UsageError(f"task {name!r}: {kind} sources take no options, but {next(iter(task.options))!r} is given; drop it")
+        raise UsageError(
+            f"task {name!r}: {kind} sources take no options, but {next(iter(task.options))!r} is given; drop it"
+        )
 
 
 def _by_import(name: str, task: TaskRecipe) -> Task | ImageData:
@@ -207,7 +260,9 @@ def _by_import(name: str, task: TaskRecipe) -> Task | ImageData:
     try:
         made = function(name, **task.options)
     except TypeError as error:
-        raise UsageError(f"source {task.source!r} could not be called as function({name!r}, **options): {error}") from error
+        raise UsageError(
+            f"source {task.source!r} could not be called as function({name!r}, **options): {error}"
+        ) from error
     if not isinstance(made, (Task, ImageData)):
         raise UsageError(f"source {task.source!r} returned a {type(made).__name__}; return a Task or ImageData")
     return made
@@ -218,7 +273,8 @@ def _adopt(name: str, made: Task, task: TaskRecipe) -> Task:
     ignored = [field for field in IMAGE_FIELDS if getattr(task, field) is not None]
     if ignored:
         raise UsageError(
-            f"task {name!r} has {ignored[0]} set, but {task.source!r} returns a whole Task, which decides it; drop the field"
+            f"task {name!r} has {ignored[0]} set, but {task.source!r} returns a whole Task, which decides it; "
+            "drop the field"
         )
     weight = task.weight if task.weight != 1.0 else made.weight
     return replace(made, name=name, weight=weight, batch_size=task.batch_size or made.batch_size)

@@ -18,6 +18,9 @@ def shift(trainer: MetaTrainer, delta: Tensor) -> None:
 
     Optimizer state that lives in parameter space moves too; gradients' averages (momentum) stay.
     """
+    if trainer.method.adapt == "head":  # theta never left phi: a copy keeps it there, sums drift by rounding
+        trainer.theta.copy_(trainer.phi)
+        return
     trainer.theta.add_(delta)
     views = trainer.layout.views(delta)
     for learner in trainer.learners:

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, checksummed, readable at any world size, safetensors and JSON only.
 
 A checkpoint is a directory named after its step: `shared.safetensors` (phi, the meta-optimizer, counters), one
-file per task (its row, head, statistics, optimizer state), and `manifest.json` with a SHA-256 for each file. It
-is written under a temporary name, the manifest last, and renamed into place.
+file per task (its row, head, statistics, optimizer state), and `manifest.json` with a SHA-256 for each file and for
+itself. It is written under a temporary name, the manifest last, and renamed into place.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def _file_name(index: int, task: str) -> str:
     return f"task-{index:04d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:60]}.safetensors"
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but its own checksum."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 # -- what is saved -------------------------------------------------------------------------------------------
 
 
@@ -67,7 +73,6 @@ def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, {
         "step": trainer.step,
         "inner_steps": trainer.tally.inner_steps,
-        "loss_count": trainer.tally.loss_count,
         "counts": dict(sorted(sum((Counter(counts) for counts, _ in gathered), Counter()).items())),
         "seated": sorted(name for _, names in gathered for name in names),
         "outer": numbers,
@@ -80,7 +85,7 @@ def _task_state(trainer: MetaTrainer, name: str) -> tuple[dict[str, Tensor], dic
         return dict(roster.waiting.get(name, {})), {}
     row = roster.names.index(name)
     tensors, numbers = roster.learners[row].state()
-    everything: dict[str, Any] = {"optimizer": numbers}
+    everything: dict[str, Any] = {"optimizer": numbers, "loss_count": trainer.tally.loss_count[row]}
     tensors = tensors | {
         "tally/loss_sum": trainer.tally.loss_sum[row],
         "tally/first_bad_step": trainer.tally.first_bad_step[row],
@@ -112,18 +117,14 @@ def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = N
     final = directory / f"{trainer.step:09d}"
     temporary = directory / f"{final.name}.tmp"
     shared, numbers = _shared_state(trainer)
-    if world.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
+    failure = world.gather(_make_anew(temporary) if world.rank == 0 else "")[0]
     files: dict[str, str] = {}
     tasks: dict[str, Any] = {}
-    failure = ""
     try:
-        if world.rank == 0:
+        if world.rank == 0 and not failure:
             files["shared.safetensors"] = _write(temporary / "shared.safetensors", _pack(shared))
         for index, name in enumerate(roster.tasks):
-            if roster.home[name] == world.rank:
+            if roster.home[name] == world.rank and not failure:
                 file = _file_name(index, name)
                 tensors, task_numbers = _task_state(trainer, name)
                 files[file] = _write(temporary / file, _pack(tensors))
@@ -151,10 +152,21 @@ def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = N
     return final
 
 
+def _make_anew(temporary: Path) -> str:
+    """Makes an empty folder; returns what went wrong, if anything did."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> str:
     """Writes the manifest and renames the checkpoint into place; returns what went wrong, if anything did."""
     try:
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sealed = manifest | {"checksum": _digest(manifest)}
+        _write(temporary / MANIFEST, json.dumps(sealed, indent=1).encode())
         _sync_directory(temporary)
         if final.exists():
             shutil.rmtree(final)
@@ -183,14 +195,20 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files, intact = manifest["files"].items(), manifest["checksum"] == _digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"checkpoint {path} has no readable {MANIFEST} ({error}); use another one") from error
-    for name, digest in files:
-        file = path / name
-        if not file.is_file() or sha256(file.read_bytes()).hexdigest() != digest:
-            raise UsageError(f"checkpoint {path} is damaged: {name} is missing or changed; use another one")
+    damaged = [MANIFEST] if not intact else [name for name, digest in files if _sha256(path / name) != digest]
+    if damaged:
+        raise UsageError(f"checkpoint {path} is damaged: {damaged[0]} is missing or changed; use another one")
     return manifest
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def latest_valid(directory: Path) -> tuple[Path | None, list[str]]:
@@ -207,15 +225,20 @@ def latest_valid(directory: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what a killed run left half-written."""
+def prune(directory: Path, keep: int | None, step: int | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints (None keeps all), and what a killed run left half-written.
+
+    Those after `step`, where the run stands, go too: it passed over them because they are damaged.
+    """
     if not directory.is_dir():
         return
     for path in directory.iterdir():
         if path.name.endswith(".tmp"):
             shutil.rmtree(path, ignore_errors=True)
-    for step in steps(directory)[: -keep or None]:
-        shutil.rmtree(directory / f"{step:09d}", ignore_errors=True)
+    found = steps(directory)
+    kept = [one for one in found if step is None or one <= step][-(keep or 0) :]
+    for one in set(found) - set(kept):
+        shutil.rmtree(directory / f"{one:09d}", ignore_errors=True)
 
 
 # -- loading -------------------------------------------------------------------------------------------------
@@ -227,7 +250,8 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
     Tasks may have joined or left if the checkpoint lies at a round boundary.
 
     Raises:
-        UsageError: a damaged checkpoint, one of another model, or other tasks in the middle of a round.
+        UsageError: a damaged checkpoint, one of another model, other tasks in the middle of a round, or ranks that
+            loaded different ones.
     """
     manifest = verify(path)
     numbers, tasks = manifest["numbers"], manifest["tasks"]
@@ -242,8 +266,7 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
     trainer.roster.waiting = {name: _only(tensors, ("own/", "buffer/")) for name, tensors in states.items() if tensors}
     seated = [name for name in states if name in numbers["seated"]]
     trainer.roster.resume(seated, (trainer.step - 1) // trainer.horizon if trainer.k else None)
-    trainer.tally.seat(len(trainer.learners))
-    trainer.tally.loss_count = numbers["loss_count"]
+    trainer.tally.seat(trainer.roster.names)
     for row, learner in enumerate(trainer.learners):
         _load_row(trainer, row, states[learner.task.name], tasks[learner.task.name]["numbers"])
     if trainer.k:
@@ -253,16 +276,22 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
             trainer.metagrad.load(
                 {label: torch.stack([row[label] for row in rows]).to(trainer.device) for label in rows[0]}
             )
+    trainer.world.same(trainer.initialization.digest(), f"phi of the checkpoint of step {trainer.step}")
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
 def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> None:
     shared = parse((path / "shared.safetensors").read_bytes())
-    for name, view in trainer.layout.views(trainer.phi).items():
+    views = trainer.layout.views(trainer.phi)
+    unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
+    if unknown:
+        raise UsageError(f"checkpoint {path} is of another model: {unknown[0]!r} is not shared here; use that model")
+    for name, view in views.items():
         saved = shared.get(f"phi/{name}")
         if saved is None or saved.shape != view.shape or saved.dtype != view.dtype:
-            raise UsageError(f"checkpoint {path} is of another model: it has no {name!r} of shape {tuple(view.shape)}")
+            what = f"{name!r} of shape {tuple(view.shape)} and {view.dtype}"
+            raise UsageError(f"checkpoint {path} is of another model: it has no {what}; use the model it was made with")
         view.copy_(saved)
     trainer.outer.load({n: t.to(trainer.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
     trainer.tally.update_norm = shared["update_norm"].to(trainer.device)
@@ -274,6 +303,7 @@ def _load_row(trainer: MetaTrainer, row: int, tensors: dict[str, Tensor], number
     learner = trainer.learners[row]
     learner.load(tensors, numbers["optimizer"])
     trainer.tally.loss_sum[row] = tensors["tally/loss_sum"]
+    trainer.tally.loss_count[row] = numbers["loss_count"]
     trainer.tally.first_bad_step[row] = tensors["tally/first_bad_step"]
     if trainer.k:
         trainer.layout.flatten(_strip(tensors, "theta/"), out=trainer.theta[row])

@@ -48,13 +48,13 @@ def _options(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
+    output: Annotated[Path | None, typer.Option(help="Folder for the runs and the page; default runs/demo.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few steps: a check, no result.")] = False,
 ) -> None:
     """Meta-train four methods on built-in digits, fine-tune each, print who does how well (under 2 minutes)."""
     from trajshift.demo import run_demo
 
-    run_demo(output, quick=quick)
+    run_demo(output or Path("runs/demo-quick" if quick else "runs/demo"), quick=quick)
 
 
 @app.command()
@@ -65,9 +65,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run (of this name, or RECIPE is a run directory).")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run directory.")] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole recipe and stop.")
-    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Meta-train a recipe into a run directory.
@@ -100,7 +98,8 @@ def train(
 @app.command()
 def finetune(
     start: Annotated[
-        str, typer.Argument(metavar="RUN_OR_INITIALIZATION", help="A run directory, a checkpoint or a .safetensors file.")
+        str,
+        typer.Argument(metavar="RUN_OR_INITIALIZATION", help="A run directory, a checkpoint or a .safetensors file."),
     ],
     words: Annotated[
         list[str] | None,
@@ -120,7 +119,9 @@ def finetune(
 def evaluate(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RUN... [KEY.PATH=VALUE]...", help="Run directories, and overrides such as finetune.steps=300."),
+        typer.Argument(
+            metavar="RUN... [KEY.PATH=VALUE]...", help="Run directories, and overrides such as finetune.steps=300."
+        ),
     ],
     images: Annotated[
         str | None, typer.Option(help="Numbers of training images per target, such as 100,500,all.")
@@ -138,9 +139,7 @@ def evaluate(
     """
     from trajshift import commands
 
-    commands.evaluate(
-        words, images=images, checkpoints=checkpoints, scratch=scratch, section=section, threads=threads
-    )
+    commands.evaluate(words, images=images, checkpoints=checkpoints, scratch=scratch, section=section, threads=threads)
 
 
 @app.command()
@@ -169,9 +168,7 @@ def sweep(
     grid: Annotated[
         list[str], typer.Argument(metavar="FIELD=A,B,C...", help="Values to try; every combination is a run.")
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; default runs/RECIPE-sweep.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/RECIPE-sweep.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, at most.")] = None,
 ) -> None:
     """Train a grid of runs, fine-tune each on the recipe's tuning tasks, and choose.

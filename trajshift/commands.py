@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe, load
 from trajshift.rundir import RunDirectory, disk_errors
 from trajshift.tables import console, print_summary, print_table
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def need_report_extra() -> None:
@@ -37,9 +33,7 @@ def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
 # finetune ---------------------------------------------------------------------------------------------------
 
 
-def finetune(
-    start: str, words: Sequence[str], *, recipe: str | None, save: Path | None, scratch: bool
-) -> None:
+def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path | None, scratch: bool) -> None:
     """Fine-tune tasks from a run, a checkpoint or an initialization file, and print the test metrics."""
     names, overrides = split_words(words)
     path = Path(start)
@@ -54,6 +48,7 @@ def finetune(
 
     from trajshift.build import build_tasks, finetune_options
     from trajshift.distributed import World, set_threads
+    from trajshift.evaluate import load_phi
     from trajshift.finetune import finetune as tune
 
     set_threads(World(), loaded.threads)
@@ -64,9 +59,7 @@ def finetune(
     for name, task in tasks.items():
         for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
             with Progress(f"{name} from {label}", options["steps"]) as progress:
-                tuned = tune(
-                    initialization, task, progress=lambda step, steps: progress.update(step), **options
-                )
+                tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
             rows.append((name, label, tuned))
             if save is not None and label != "scratch":
                 with disk_errors(save):
@@ -113,17 +106,6 @@ def _initialization_file(path: Path) -> Path:
     return path
 
 
-def load_phi(source: Path) -> dict[str, Tensor] | Any:
-    """phi from an initialization file or a checkpoint folder."""
-    if source.is_dir():
-        from trajshift import checkpoint
-
-        return checkpoint.load_phi(source)
-    from trajshift.initialization import load_initialization
-
-    return load_initialization(source)
-
-
 # evaluate, report -------------------------------------------------------------------------------------------
 
 
@@ -157,6 +139,7 @@ def evaluate(
             overrides=overrides,
             progress=show,
         )
+        progress.update(progress.total)
     for summary in summary_tables(rows):
         print_summary(summary)
 

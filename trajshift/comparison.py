@@ -123,7 +123,7 @@ class Summary:
 
 def show_p(p: float) -> str:
     """A p-value with two digits that count; below 1e-4 only that."""
-    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
+    return "<0.0001" if p < 1e-4 else f"{p:#.2g}"
 
 
 def summary_table(

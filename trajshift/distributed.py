@@ -39,6 +39,12 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
+    def place(self, device: str | torch.device) -> torch.device:
+        """The device of this rank: `cuda` without a number becomes the rank's own GPU."""
+        if str(device) == "cuda" and self.size > 1:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device(device)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
         if self.size > 1:
@@ -97,12 +103,17 @@ def set_threads(world: World, threads: int | None = None) -> int:
     return chosen
 
 
-def balance(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
-    """A rank for every task, heaviest first to the least loaded rank; ties go by name and lowest rank."""
-    load = [0.0] * ranks
-    home = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+def balance(costs: Mapping[str, float], ranks: int, kept: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A rank for every task, heaviest first to the least loaded rank; those in `kept` stay where they are.
+
+    Of equally loaded ranks the one with fewer tasks takes it, so that tasks of unknown cost are spread too;
+    other ties go by name and lowest rank.
+    """
+    home = dict(kept or {})
+    kept_costs = [[costs[name] for name in home if home[name] == rank] for rank in range(ranks)]
+    load = [(sum(ones), len(ones)) for ones in kept_costs]
+    for name in sorted(costs.keys() - home.keys(), key=lambda name: (-costs[name], name)):
         rank = min(range(ranks), key=lambda rank: (load[rank], rank))
         home[name] = rank
-        load[rank] += costs[name]
+        load[rank] = (load[rank][0] + costs[name], load[rank][1] + 1)
     return home

@@ -234,8 +234,7 @@ def _without_repeats(jobs: Sequence[_Job]) -> list[_Job]:
     return list(kept.values())
 
 
-# -- doing it
-# --------------------------------------------------------------------------------------------------
+# -- doing it --------------------------------------------------------------------------------------------------
 
 
 class _Builder:
@@ -254,7 +253,7 @@ class _Builder:
         for field in ("seed", "train_images"):  # the row says which
             del options[field]
         if job.source != self._source:
-            self._source, self._phi = job.source, None if job.source is None else _load_phi(job.source)
+            self._source, self._phi = job.source, None if job.source is None else load_phi(job.source)
         return _row(job.base, self._phi, self._task(job), job.train_images, options)
 
     def _task(self, job: _Job) -> Task:
@@ -267,7 +266,8 @@ class _Builder:
         return self._tasks[name]
 
 
-def _load_phi(source: Path) -> Mapping[str, Tensor]:
+def load_phi(source: Path) -> Mapping[str, Tensor]:
+    """phi from an initialization file or a checkpoint folder."""
     from trajshift.checkpoint import verify
     from trajshift.initialization import Initialization, load_initialization
 
@@ -309,6 +309,7 @@ __all__ = [
     "collect",
     "evaluate",
     "evaluate_runs",
+    "load_phi",
     "read_evaluation",
     "summary_table",
     "summary_tables",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -61,12 +62,31 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+_Drawing = TypeVar("_Drawing", bound=Callable[..., Any])
+
+
+def _styled(draw: _Drawing) -> _Drawing:
+    """Runs a drawing function under `_STYLE`, and says what to install where matplotlib is missing."""
+
+    @functools.wraps(draw)
+    def styled(*arguments: Any, **options: Any) -> Any:
+        try:
+            import matplotlib
+        except ImportError:
+            raise UsageError("figures need matplotlib: pip install 'trajshift[report]'") from None
+        with matplotlib.rc_context(_STYLE):
+            return draw(*arguments, **options)
+
+    return styled  # type: ignore[return-value]
+
+
+@_styled
 def comparison_figure(summary: Summary, styles: Looks) -> Figure:
-    """Per target and on average: mean and 95% interval of each method; ticks are the seeds behind the average."""
+    """Per target and on average: mean and 95% interval of each method; dots are the seeds behind the average."""
     average = len(summary.targets) > 1
     names = [*summary.targets, *(["average of targets"] if average else [])]
     lines = list(reversed(summary.lines))
-    figure, axes = _grid(len(names), columns=min(4, len(names)), height=0.75 + 0.27 * len(lines), sharey=True)
+    figure, axes = _grid(len(names), height=0.75 + 0.27 * len(lines), sharey=True)
     scale = 100.0 if summary.percent else 1.0
     for axis, name in zip(axes, names, strict=True):
         for place, line in enumerate(lines):
@@ -74,7 +94,7 @@ def comparison_figure(summary: Summary, styles: Looks) -> Figure:
             estimate = line.average if is_average else line.targets.get(name)
             if is_average or not average:
                 values = [scale * value for value in line.per_seed.values()]
-                axis.plot(values, [place] * len(values), "|", color=styles[line.label]["color"], alpha=0.5, ms=9)
+                axis.plot(values, [place - 0.28] * len(values), ".", color=styles[line.label]["color"], alpha=0.6, ms=4)
             if estimate is not None:
                 _dot(axis, estimate, place, scale, styles[line.label])
         axis.set_title(name)
@@ -86,6 +106,7 @@ def comparison_figure(summary: Summary, styles: Looks) -> Figure:
     return figure
 
 
+@_styled
 def curve_figure(
     panels: Mapping[str, Sequence[Curve]],
     styles: Looks,
@@ -96,7 +117,7 @@ def curve_figure(
     log: bool = False,
 ) -> Figure:
     """One panel per target: the metric against x with 95% bands; `levels` are lines for scratch, by panel."""
-    figure, axes = _grid(len(panels), columns=min(3, len(panels)), height=2.5)
+    figure, axes = _grid(len(panels), height=2.4)
     scale = 100.0 if metric == "accuracy" else 1.0
     for axis, (name, found) in zip(axes, panels.items(), strict=True):
         if levels and name in levels:
@@ -113,6 +134,7 @@ def curve_figure(
             axis.set_xlim(left=0)
         axis.set_title(name)
         axis.set_xlabel(xlabel)
+    for axis in axes[:: _columns(len(panels))]:
         axis.set_ylabel(_unit(metric))
     _legend(figure, axes)
     return figure
@@ -121,13 +143,14 @@ def curve_figure(
 Series = tuple[Sequence[float], Sequence[float]]
 
 
+@_styled
 def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles: Looks, *, ylabel: str) -> Figure:
     """One panel per task: a quantity logged in training against inner steps, a line per method.
 
     `panels`: task -> label -> one `(inner steps, values)` per seed. Long series are averaged in bins; with
     several seeds the line is their mean and the band their range.
     """
-    figure, axes = _grid(len(panels), columns=min(4, len(panels)), height=1.9, sharex=True)
+    figure, axes = _grid(len(panels), height=1.9, sharex=True)
     for axis, (name, by_label) in zip(axes, panels.items(), strict=True):
         for label, runs in by_label.items():
             style = {key: value for key, value in styles[label].items() if key != "marker"}
@@ -138,7 +161,7 @@ def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles
         axis.set_title(name)
         axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=4)
-    columns = min(4, len(panels))
+    columns = _columns(len(panels))
     for index, axis in enumerate(axes):
         if index % columns == 0:
             axis.set_ylabel(ylabel)
@@ -149,44 +172,44 @@ def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles
     return figure
 
 
-def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element to put into a page; the same input gives the same bytes."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def save(figure: Figure, name: str, folder: Path) -> str:
-    """Writes `folder/name.svg` and `folder/name.png` (150 dots per inch); returns the SVG element."""
+    """Writes `folder/name.svg` and `folder/name.png` (150 dots per inch); returns the SVG element for a page.
+
+    The same figure gives the same bytes: no date, and identifiers that depend on the name.
+    """
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    element = svg(figure, name)
-    (folder / f"{name}.svg").write_text(element, encoding="utf-8")
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None}, bbox_inches="tight")
-    return element
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        engine = figure.get_layout_engine()
+        if engine is not None:  # once is enough for both files
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+    text = buffer.getvalue()
+    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+    return text[text.index("<svg") :]
 
 
-def _grid(count: int, *, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure 9 inches wide with `count` panels; `height` in inches a row."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'trajshift[report]'") from None
+def _columns(count: int) -> int:
+    """Panels in a row: at most four, rows as equal as can be."""
+    return -(-count // -(-count // 4))
+
+
+def _grid(count: int, *, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, up to 9.4 inches wide; `height` in inches a row."""
+    from matplotlib.figure import Figure
+
+    columns = _columns(count)
     rows = -(-count // columns)
-    width = {1: 5.2, 2: 7.6}.get(columns, 9.4)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, **shared)
-        axes = list(grid.flat)
-        for unused in axes[count:]:
-            unused.remove()
+    width = {1: 5.2, 2: 7.0}.get(columns, 9.4)
+    figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
     return figure, axes[:count]
 
 

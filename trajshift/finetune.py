@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from trajshift.data.batches import TaskBatches
 from trajshift.data.hashing import generator_seed, key
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
+from trajshift.data.stream import Stream
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
 from trajshift.initialization import Initialization
 from trajshift.inner import Inner, set_lr
@@ -73,6 +75,7 @@ def finetune(
     train_images: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    workers: int = 0,
     evaluate_every: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FineTuned:
@@ -110,13 +113,14 @@ def finetune(
             initialization.
         device: where to train.
         dtype: of the parameters; None takes the initialization's, else the model's.
+        workers: processes that load examples which are not in memory.
         evaluate_every: add the test metrics to the curve every so many steps.
         progress: called with (steps done, steps).
 
     Raises:
         UsageError: an initialization that does not fit the model, or an impossible choice.
         NonFiniteLoss: the training loss became infinite or not a number; names the step and the learning
-        rate.
+            rate.
     """
     if steps < 0:
         raise UsageError(f"steps is {steps}; use 0 or more")
@@ -139,7 +143,8 @@ def finetune(
     task = few(task, train_images, seed)
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     batches = TaskBatches(task, seed=seed, batch_size=batch_size, device=device, dtype=kind)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with generators, closing(Stream({task.name: batches}, workers)):
         start_statistics(module, task, batches, running_stats, initialization)
         training = _Training(module, task, batches, inner, seed, steps)
         curve = training.run(evaluate_every, progress)
@@ -176,7 +181,9 @@ def build_module(
         )
     head = head or list(getattr(initialization, "about", {}).get("heads", ())) or None
     factory = as_factory(model, head if isinstance(head, str) or head is None else head[0])
-    module = fresh_module(factory, task, head_key(seed, task.name))
+    if initialization is not None and dtype is None:
+        dtype = next((tensor.dtype for tensor in initialization.values() if tensor.is_floating_point()), None)
+    module = fresh_module(factory, task, head_key(seed, task.name)).to(dtype=dtype)
     first = dict(fresh_module(factory, task, phi_key(seed)).named_parameters())
     # Parameters that the initialization leaves out are fresh anyway: a head has to be known only for scratch.
     heads = find_heads(module, head, None if initialization is None else ("*",))
@@ -192,9 +199,7 @@ def build_module(
                 fresh.append(name)
     if initialization is not None:
         _check_used(module, initialization, started, heads)
-        floating = [tensor.dtype for tensor in initialization.values() if tensor.is_floating_point()]
-        dtype = dtype or (floating[0] if floating else None)
-    return module.to(dtype=dtype), tuple(started), tuple(fresh)
+    return module, tuple(started), tuple(fresh)
 
 
 def _fill(name: str, parameter: Tensor, value: Tensor, task: Task) -> None:
@@ -226,7 +231,7 @@ def few(task: Task, train_images: int | None, seed: int) -> Task:
     examples than there are gives all.
     """
     source = _training_source(task)
-    if train_images is None:
+    if train_images is None or train_images >= len(source):
         return replace(task, train=source)
     chosen = class_balanced_subset(source, train_images, key(seed, task.name, "subset"))
     return replace(task, train=subset(source, chosen))
@@ -252,7 +257,7 @@ def test_metrics(module: nn.Module, task: Task, batches: TaskBatches) -> dict[st
         for batch in batches.test():
             size = len(tree_leaves(batch)[0])
             for name, value in task.compute_metrics(module, batch).items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() * size
+                sums[name] = sums.get(name, 0.0) + value.detach().cpu().double() * size
             count += size
     module.train(training)
     return {name: float(value) / count for name, value in sums.items()}
@@ -350,7 +355,7 @@ class _Training:
 
     def _point(self, done: int, *, tested: bool) -> None:
         """One point of the curve; the only place where the losses are read."""
-        losses = torch.stack(self._losses).double().cpu()
+        losses = torch.stack(self._losses).cpu().double()
         self._losses.clear()
         bad = torch.nonzero(~torch.isfinite(losses))
         if len(bad):

@@ -21,9 +21,7 @@ def load_object(path: str, role: str) -> Any:
         UsageError: a path of another form, a module that cannot be imported, or a name it does not have.
     """
     module_name, _, name = path.partition(":")
-    if not module_name or not all(
-        part.isidentifier() for part in [*module_name.split("."), *name.split(".")]
-    ):
+    if not module_name or not all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")]):
         raise UsageError(f"{role} {path!r} is no import path; write package.module:name")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -37,8 +35,6 @@ def load_object(path: str, role: str) -> Any:
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UsageError(
-                f"{role} {path!r}: {module_name!r} has no {part!r}; check the name after the colon"
-            )
+            raise UsageError(f"{role} {path!r}: {module_name!r} has no {part!r}; check the name after the colon")
         found = getattr(found, part)
     return found

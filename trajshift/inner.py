@@ -104,10 +104,12 @@ def build_optimizer(
     """An optimizer by name or callable, wrong options told in one sentence."""
     kind = optimizer_class(optimizer)
     try:
-        return kind(list(parameters), **options)
+        built = kind(list(parameters), **options)
     except (TypeError, ValueError) as error:
         name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
         raise UsageError(f"optimizer {name} does not accept {options}: {error}") from error
+    optimizer_class(type(built))  # a callable's own name does not tell what it makes
+    return built
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -230,9 +230,22 @@ class Learner:
         if first_time:
             self.renew_optimizer()
 
+    def take(self, task: Task, batches: TaskBatches) -> None:
+        """Goes on with other data, another loss or weight of the same task.
+
+        Raises:
+            UsageError: other outputs, for which the head at hand is of the wrong size.
+        """
+        if task.outputs != self.task.outputs:
+            raise UsageError(
+                f"task {task.name!r} came back with {task.outputs} outputs and has a head for {self.task.outputs}; "
+                "give it another name"
+            )
+        self.task, self.batches = task, batches
+
     def check(self) -> None:
-        """Refuses a module whose shared parameters left the matrix."""
-        self._trajectories.check(self.row, self.shared, self.task.name)
+        """Refuses a module whose parameters left the matrix or were replaced."""
+        self._trajectories.check(self.row, self.module, {**self.shared, **self.own}, self.task.name)
 
     def renew_optimizer(self) -> None:
         """Forgets the inner optimizer's state."""
@@ -347,9 +360,22 @@ class Learner:
         return tensors | {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
 
     def load_own_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `own_tensors`, in place."""
-        for name, tensor in self.own_tensors().items():
-            tensor.copy_(tensors[name])
+        """The inverse of `own_tensors`, in place; other entries are left aside.
+
+        Raises:
+            UsageError: the tensors are of another model.
+        """
+        mine = self.own_tensors()
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("own/", "buffer/"))}
+        shapes, known = ({name: tuple(t.shape) for name, t in named.items()} for named in (mine, saved))
+        for name in {**shapes, **known}:
+            if shapes.get(name) != known.get(name):
+                raise UsageError(
+                    f"the saved state of task {self.task.name!r} is of another model: {name} has shape "
+                    f"{known.get(name, 'missing')} there, {shapes.get(name, 'missing')} here; use that model"
+                )
+        for name, tensor in mine.items():
+            tensor.copy_(saved[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that belongs to this learner but its row: own tensors and optimizer state; not copies."""

@@ -123,8 +123,8 @@ class MetaTrainer:
             raise UsageError(f"rounds is {rounds}; use at least 1")
         if grad_clip is not None and grad_clip <= 0.0:
             raise UsageError(f"grad_clip is {grad_clip}; use a positive number, or None")
-        self.device = torch.device(device)
         self.world = World.current(str(device))
+        self.device = self.world.place(device)
         self.seed = seed
         self.horizon = horizon
         self.rounds = rounds
@@ -136,7 +136,7 @@ class MetaTrainer:
             method, horizon=horizon, metagrad=metagrad, options=dict(metagrad_options or {}),
             meta_every=meta_every, carry=carry, adapt=adapt, batch=batch,
         )  # fmt: skip
-        listed = plan_tasks(tasks)
+        listed = plan_tasks(tasks, self.method)
         self.blueprint, self.phi = plan_model(
             model, listed, self.method,
             head=head, shared=shared, seed=seed, initialization=initialization, device=self.device,
@@ -227,7 +227,7 @@ class MetaTrainer:
         """theta_0 <- phi for every learner of the round; what else is renewed was chosen by `renew`."""
         self.roster.check()
         if self.roster.assign(self.round):
-            self.tally.seat(len(self.learners))
+            self.tally.seat(self.roster.names)
         for learner in self.learners:
             if self.step > 0:
                 learner.renew(self.renew, self.round)
@@ -249,7 +249,7 @@ class MetaTrainer:
         losses = [self._step_of(learner, lr, shared) for learner in self.learners]
         self.step += 1
         losses_T = torch.stack(losses) if losses else self.theta.new_zeros(0)
-        self.tally.inner_step(losses_T, self.step)
+        self.tally.inner_step(losses_T, self.theta, self.step)
         self.metagrad.observe(self.theta, losses_T, self.roster.gradients)
         return losses_T
 
@@ -330,23 +330,24 @@ class MetaTrainer:
         }
 
     def check_finite(self) -> None:
-        """Stops at the first loss that was not finite; call it on every rank.
+        """Stops at the first loss or parameter that was not finite; call it on every rank.
 
         Raises:
             NonFiniteLoss: names the task, the step and the learning rates.
         """
-        local = self.tally.first_bad(self.roster.names)
-        self.tally.refuse(self.world.gather(local), inner_lr=self.inner.lr, meta_lr=self.meta_lr)
+        self.tally.refuse(self.world.gather(self.tally.first_bad()), inner_lr=self.inner.lr, meta_lr=self.meta_lr)
 
     def set_tasks(self, tasks: Sequence[Task] | Mapping[str, Task]) -> None:
-        """Other source tasks from the next round on; those that stay keep head and statistics.
+        """Other source tasks from the next round on; those that stay keep head, statistics and optimizer state.
 
         Raises:
-            UsageError: in the middle of a round, or a task that lacks a shared parameter.
+            UsageError: in the middle of a round, too few or too many tasks for the method, or a task that does not
+                fit: it lacks a shared parameter, or stays with another number of outputs.
         """
         if self.k != 0:
             raise UsageError(f"tasks join and leave at a round boundary, and step {self.step} is at k = {self.k}")
-        listed = plan_tasks(tasks)
+        listed = plan_tasks(tasks, self.method)
         self.blueprint.admit(listed, self.seed)
         self.roster.replace_tasks(listed)
-        self.tally.seat(len(self.learners))
+        self.theta.copy_(self.phi)
+        self.tally.seat(self.roster.names)

@@ -88,7 +88,7 @@ class Displacement(MetaGradient):
 
     def mean(self, probe: Probe, weights: Tensor) -> Tensor:
         """The same mean without a `[T, P]` temporary: sum(w) phi - w theta."""
-        return torch.addmv(probe.phi, probe.theta.T, weights, beta=float(weights.sum()), alpha=-1.0)
+        return torch.addmv(weights.sum() * probe.phi, probe.theta.T, weights, alpha=-1.0)
 
 
 class LastGradient(MetaGradient):
@@ -242,6 +242,11 @@ _BY_NAME: dict[str, type[MetaGradient]] = {
     "path_length": PathLength,
     "implicit": Implicit,
 }
+
+
+def name_of(metagrad: MetaGradient) -> str | None:
+    """The name of an object's class; None for a class of the user's own."""
+    return next((name for name, kind in _BY_NAME.items() if type(metagrad) is kind), None)
 
 
 def build(name: str, batch: str, options: dict[str, Any]) -> MetaGradient:

@@ -40,11 +40,19 @@ def plan_method(
     **choices: Any,
 ) -> tuple[Method, metagrads.MetaGradient]:
     """The preset with the user's choices put in, and its meta-gradient."""
-    name = metagrad if isinstance(metagrad, str) else None
-    resolved = resolve(method, horizon=horizon, metagrad=name, **choices)
-    if isinstance(metagrad, metagrads.MetaGradient):
-        return replace(resolved, metagrad=type(metagrad).__name__), metagrad
-    return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)
+    if not isinstance(metagrad, metagrads.MetaGradient):
+        resolved = resolve(method, horizon=horizon, metagrad=metagrad, **choices)
+        return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)
+    kind = type(metagrad).__name__
+    if options or choices["batch"]:
+        raise UsageError(f"metagrad is a {kind} object, which already has its options; drop metagrad_options and batch")
+    choices["batch"] = "heldout" if metagrad.needs_heldout else "train"
+    name = metagrads.name_of(metagrad)
+    # Of a class of the user's own nothing is known that would speak against a mix.
+    resolved = resolve(method, horizon=horizon, metagrad=name or "last_gradient", **choices)
+    if resolved.joint and name is None:
+        raise UsageError(f"{resolved.name} is joint training: it allows no metagrad {kind}")
+    return replace(resolved, metagrad=name or kind), metagrad
 
 
 def plan_outer(
@@ -76,9 +84,7 @@ def plan_model(
     initialization: Mapping[str, Tensor] | None, device: torch.device,
 ) -> tuple[Blueprint, Tensor]:  # fmt: skip
     """What the tasks share, and the first phi on the device."""
-    if method.single and len(tasks) != 1:
-        raise UsageError(f"{method.name} trains on one task, {len(tasks)} were given; keep one")
-    one_head = head if isinstance(head, str) or head is None else head[0]
+    one_head = head if isinstance(head, str) else next(iter(head or ()), None)
     blueprint = Blueprint.inspect(as_factory(model, one_head), tasks, head, shared, seed)
     blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
     phi = blueprint.phi.to(device, copy=True)
@@ -104,8 +110,8 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
         view.copy_(initialization[name])
 
 
-def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task]) -> list[Task]:
-    """The tasks as a list, names unique."""
+def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:
+    """The tasks as a list, names unique and as many as the method takes."""
     listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
     if not listed:
         raise UsageError("no tasks were given; name at least one")
@@ -113,6 +119,8 @@ def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task]) -> list[Task]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UsageError(f"two tasks are named {doubled[0]!r}; give each its own name")
+    if method.single and len(listed) != 1:
+        raise UsageError(f"{method.name} trains on one task, {len(listed)} were given; keep one")
     return listed
 
 

@@ -9,6 +9,7 @@ from trajshift.errors import UsageError, nearest
 METAGRADS = ("displacement", "last_gradient", "path_length", "implicit")
 CARRIES = ("shift", "hold", "random", "replay")
 ADAPTS = ("all", "head")
+_WITHOUT_BATCH = ("displacement", "path_length")
 
 _SHIN = "Shin et al., ICML 2021"
 
@@ -179,13 +180,15 @@ def resolve(
         method = METHODS[method]
     if horizon < 1:
         raise UsageError(f"horizon is {horizon}; a trajectory needs at least 1 inner step")
+    metagrad = metagrad or method.metagrad
+    own_batch = "train" if metagrad in _WITHOUT_BATCH else method.batch
     mixed = replace(
         method,
         meta_every=method.cadence(horizon) if meta_every is None else meta_every,
         carry=carry or method.carry,
         adapt=adapt or method.adapt,
-        metagrad=metagrad or method.metagrad,
-        batch=batch or method.batch,
+        metagrad=metagrad,
+        batch=batch or own_batch,
     )
     for name, known in (
         ("metagrad", METAGRADS),
@@ -215,7 +218,7 @@ def _refuse_meaningless(method: Method, horizon: int) -> None:
         raise UsageError(
             "carry random with adapt head: only noise would part theta from phi; use carry shift, replay or hold"
         )
-    if method.metagrad in ("displacement", "path_length") and method.batch == "heldout":
+    if method.metagrad in _WITHOUT_BATCH and method.batch == "heldout":
         raise UsageError(
             f"metagrad {method.metagrad} takes no gradient of its own, so batch heldout has no use; drop it"
         )

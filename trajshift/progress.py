@@ -94,7 +94,9 @@ class Progress:
 
     def _refresh(self) -> None:
         assert self._bar is not None
-        self._bar.update(self._id, completed=self.step, total=self.total, rate=f"{self.rate():.3g}", remark=self._remark)
+        self._bar.update(
+            self._id, completed=self.step, total=self.total, rate=f"{self.rate():.3g}", remark=self._remark
+        )
 
     def line(self) -> str:
         """One plain line: steps, rate, time left, losses."""

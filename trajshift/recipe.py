@@ -1,7 +1,7 @@
 """Recipes: one typed description of a run, read from YAML, overridden by `key.path=value`, checked without torch.
 
-    recipe = load("digits", ["method=reptile", "tasks.mnist=null"])
-    print(to_yaml(recipe))
+recipe = load("digits", ["method=reptile", "tasks.mnist=null"])
+print(to_yaml(recipe))
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Recipe:
         overlap = sorted(set(self.targets) & (set(self.tuning) | set(self.source_tasks())))
         if overlap:
             raise UsageError(
-                f"target {overlap[0]!r} is also trained or tuned on, so its accuracy would say nothing; rename or drop one"
+                f"target {overlap[0]!r} is also trained or tuned on, so its accuracy would say nothing; drop one"
             )
 
     def source_tasks(self) -> dict[str, TaskRecipe]:

@@ -143,7 +143,7 @@ class TaskRecipe:
     __pydantic_config__ = FORBID_UNKNOWN
 
     source: str = ""
-    """`npz:FILE`, `digits:NAME`, `hf:ID_OR_PATH`, or `package.module:function` (called as function(name, **options))."""
+    """`npz:FILE`, `digits:NAME`, `hf:ID_OR_PATH` or `package.module:function`, called as function(name, **options)."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the source, such as label, train, test and revision for `hf:`."""
@@ -267,8 +267,7 @@ class OutputRecipe:
         at_least("keep", self.keep, 1, "checkpoint")
         if self.name is not None and not re.fullmatch(r"[\w.,=+-]+", self.name):
             raise UsageError(
-                f"name is {self.name!r}; use letters, digits and any of . , = + - _ "
-                "(the folder is named by directory)"
+                f"name is {self.name!r}; use letters, digits and any of . , = + - _ (the folder is named by directory)"
             )
 
 

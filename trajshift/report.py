@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trajshift import figures
 from trajshift.comparison import (
     FINAL,
@@ -22,13 +20,13 @@ from trajshift.comparison import (
     Row,
     Summary,
     curves,
-    label_runs,
     show_p,
     summary_tables,
 )
 from trajshift.errors import UsageError
 from trajshift.page import Page
-from trajshift.rows import collect, read_jsonl
+from trajshift.recipe import Recipe, load, to_yaml
+from trajshift.rows import collect, distinct, labels_of, read_jsonl
 from trajshift.statistics import PairedTest
 
 
@@ -38,10 +36,12 @@ class Run:
 
     path: Path
     label: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     metrics: list[Row]
     timing: list[Row]
     environment: dict[str, Any]
+    choices: dict[str, Any]
+    """What the recipe left open and the trainer resolved."""
 
     @property
     def last(self) -> Row:
@@ -89,34 +89,30 @@ def write_report(paths: Sequence[Path | str], out: Path | str | None = None) -> 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Reads the run directories; every file but the recipe may be missing."""
-    if not paths:
-        raise UsageError("a report needs at least one run directory")
-    recipes = {str(path): _recipe(path) for path in paths}
-    labels = label_runs(recipes)
-    runs = []
-    for path in paths:
-        environment = path / "environment.json"
-        runs.append(
-            Run(
-                path=path,
-                label=labels[str(path)],
-                recipe=recipes[str(path)],
-                metrics=read_jsonl(path / "metrics.jsonl"),
-                timing=read_jsonl(path / "timing.jsonl"),
-                environment=json.loads(environment.read_text()) if environment.exists() else {},
-            )
+    recipes = {path: load(path) for path in distinct(paths)}
+    labels = labels_of(recipes)
+    return [
+        Run(
+            path=path,
+            label=labels[path],
+            recipe=recipe,
+            metrics=read_jsonl(path / "metrics.jsonl"),
+            timing=read_jsonl(path / "timing.jsonl"),
+            environment=_read_json(path / "environment.json"),
+            choices=_read_json(path / "choices.json"),
         )
-    return runs
+        for path, recipe in recipes.items()
+    ]
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    file = path / "recipe.yaml"
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise UsageError(f"{path} is no run directory: it has no recipe.yaml; give a folder that trajshift train wrote")
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{file} holds no recipe; restore it from the run's start")
-    return recipe
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); delete it to go without") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _page_path(runs: Sequence[Run], out: Path | str | None) -> Path:
@@ -134,7 +130,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    seeds = sorted({run.recipe.get("seed", 0) for run in runs})
+    seeds = sorted({run.recipe.seed for run in runs})
     tasks = list(dict.fromkeys(name for run in runs for name in _task_names(run)))
     return (
         f"{_count(len(runs), 'run')} with {_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
@@ -143,7 +139,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _task_names(run: Run) -> list[str]:
-    return list(run.last.get("tasks") or run.recipe.get("train_on") or run.recipe.get("tasks") or {})
+    return list(run.last.get("tasks") or run.recipe.source_tasks())
 
 
 # -- results
@@ -160,10 +156,10 @@ def _results(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: Pat
     page.paragraph(verdict(found[0]), "lead")
     for number, summary in enumerate(found):
         if len(found) > 1:
-            page.heading(summary.title, 3)
+            page.heading(_capital(summary.title), 3)
         if number == 0:
             svg = figures.save(figures.comparison_figure(summary, styles), "comparison", folder)
-            page.figure(svg, f"{_capital(summary.title)}: mean and 95% t-interval over seeds; ticks are seeds.")
+            page.figure(svg, f"{_capital(summary.title)}: mean and 95% t-interval over seeds; dots are seeds.")
         page.table(summary.header(), summary.cells(), f"{_capital(summary.title)}, \u00b1 95% t-interval over seeds.")
         if summary.tests:
             page.table(
@@ -270,7 +266,8 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
             page.figure(figures.save(figure, f"training_{quantity}", folder), f"{caption}. {note}")
     norms: dict[str, list[figures.Series]] = {}
     for run in logged:
-        _add(norms, run.label, [(row["inner_steps"], row.get("meta_update_norm")) for row in run.metrics])
+        # Zero means that phi has not moved yet.
+        _add(norms, run.label, [(row["inner_steps"], row.get("meta_update_norm") or None) for row in run.metrics])
     if norms:
         figure = figures.training_figure({"meta-update": norms}, styles, ylabel="norm of the meta-update")
         caption = "Euclidean norm of the last meta-update of phi; where phi moves at every step, each move is small."
@@ -284,37 +281,35 @@ def _add(into: dict[str, list[figures.Series]], label: str, points: Sequence[tup
 
 
 def _cost(page: Page, runs: Sequence[Run]) -> None:
-    page.heading("Runs and what they cost")
+    page.heading("What it cost")
     rows = []
-    for run in runs:
-        last = run.last
+    for label, group in _by_label(runs).items():
+        seconds = [run.seconds for run in group if run.seconds is not None]
         rows.append(
             [
-                run.label,
-                run.path.name,
-                str(run.recipe.get("seed", 0)),
-                _number(last.get("inner_steps")),
-                _number(last.get("gradient_evaluations")),
-                _duration(run.seconds),
+                label,
+                str(len(group)),
+                *(_range([run.choices.get(name) for run in group]) for name in ("meta_lr", "meta_every")),
+                *(_range([run.last.get(name) for run in group]) for name in ("inner_steps", "gradient_evaluations")),
+                _duration(sum(seconds) / len(seconds)) if seconds else "-",
             ]
         )
-    caption = (
+    page.table(
+        ["method", "runs", "meta lr", "meta every", "inner steps", "gradient evaluations", "wall time per run"],
+        rows,
         "Inner steps are cumulative per task, replays included; gradient evaluations are summed over all tasks "
-        "(held-out passes count 1, Hessian-vector products 2)."
+        "(held-out passes count 1, Hessian-vector products 2). Wall time is the mean of meta-training, without "
+        "fine-tuning.",
     )
-    header = ["method", "run", "seed", "inner steps", "gradient evaluations", "wall time"]
-    page.table(header, rows, caption, text=(1,))
 
 
 def _recipes(page: Page, runs: Sequence[Run]) -> None:
     page.heading("Recipes")
-    page.paragraph("Each is complete: trajshift train on the file repeats the run.")
-    shown: set[str] = set()
-    for run in runs:
-        text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, default_flow_style=False)
-        if run.label not in shown:
-            page.code(text, f"{run.label} ({run.path.name}/recipe.yaml)")
-        shown.add(run.label)
+    page.paragraph("A recipe is complete: trajshift train on the file repeats the run. The first run of each method:")
+    for label, group in _by_label(runs).items():
+        first, others = group[0], [f"{run.path.name} (seed {run.recipe.seed})" for run in group[1:]]
+        also = f"; likewise {', '.join(others)}" if others else ""
+        page.code(to_yaml(first.recipe), f"{label}: {first.path.name}/recipe.yaml (seed {first.recipe.seed}){also}")
 
 
 def _environment(page: Page, runs: Sequence[Run]) -> None:
@@ -322,13 +317,15 @@ def _environment(page: Page, runs: Sequence[Run]) -> None:
     texts: dict[str, list[str]] = {}
     for run in runs:
         if run.environment:
-            texts.setdefault(json.dumps(run.environment, indent=2, sort_keys=True), []).append(run.path.name)
+            shown = {key: value for key, value in run.environment.items() if key != "earlier_starts"}
+            shown["starts"] = 1 + len(run.environment.get("earlier_starts", []))
+            texts.setdefault(json.dumps(shown), []).append(run.path.name)
     if not texts:
         page.paragraph("No environment.json was saved with these runs.")
     for text, names in texts.items():
-        environment: Mapping[str, Any] = json.loads(text)
-        flat = [[key, _flat(value)] for key, value in environment.items()]
-        page.table(["", ", ".join(names)], flat, text=(1,))
+        rows = [[key.replace("_", " "), _flat(value)] for key, value in json.loads(text).items() if value is not None]
+        which = names[0] if len(names) == 1 else "all runs" if len(names) == len(runs) else ", ".join(names)
+        page.table(["", which], rows, text=(1,))
 
 
 def _explanation(page: Page) -> None:
@@ -350,8 +347,20 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:,}"
+def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def _range(values: Sequence[Any]) -> str:
+    """One number where all runs agree, else the smallest and the largest."""
+    known = [value for value in values if isinstance(value, (int, float))]
+    if not known:
+        return "-"
+    low, high = (f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in (min(known), max(known)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _duration(seconds: float | None) -> str:

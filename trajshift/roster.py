@@ -51,9 +51,7 @@ class Roster:
         workers: int,
         device: torch.device,
     ) -> None:
-        if tasks_per_round is not None and not 1 <= tasks_per_round <= len(tasks):
-            raise UsageError(f"tasks_per_round is {tasks_per_round}; use a number from 1 to the {len(tasks)} tasks")
-        self.tasks = {task.name: task for task in tasks}
+        self.tasks = _checked(tasks, tasks_per_round)
         self.blueprint = blueprint
         self.inner = inner
         self.world = world
@@ -65,17 +63,17 @@ class Roster:
         self.keep_gradients = keep_gradients or inner.flat
         self.workers = workers
         self.device = device
-        self.home = self._homes()
+        self.home = self._homes({})
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.learners: list[Learner] = []
         self.snapshots: dict[str, Snapshot] = {}
         self._stream: Stream | None = None
         self._allocate()
 
-    def _homes(self) -> dict[str, int]:
+    def _homes(self, kept: dict[str, int]) -> dict[str, int]:
         if self.world.size == 1:
             return dict.fromkeys(self.tasks, 0)
-        return balance({name: self._cost(task) for name, task in self.tasks.items()}, self.world.size)
+        return balance({name: self._cost(task) for name, task in self.tasks.items()}, self.world.size, kept)
 
     def _cost(self, task: Task) -> float:
         """Floating-point operations of one traced forward pass of a whole batch."""
@@ -172,12 +170,17 @@ class Roster:
         return learner
 
     def replace_tasks(self, tasks: Sequence[Task]) -> None:
-        """Other tasks from the next round on; those that stay keep head and statistics."""
-        self.tasks = {task.name: task for task in tasks}
-        self.home = self._homes()
+        """Other tasks from the next round on; those that stay keep head and statistics, with the data given now."""
+        self.tasks = _checked(tasks, self.tasks_per_round)
+        self.home = self._homes({name: rank for name, rank in self.home.items() if name in self.tasks})
         self.waiting = {name: tensors for name, tensors in self.waiting.items() if name in self.tasks}
         self._allocate()
-        self._seat([learner for learner in self.learners if learner.task.name in self.tasks])
+        staying = [learner for learner in self.learners if learner.task.name in self.tasks]
+        for learner in staying:
+            task = self.tasks[learner.task.name]
+            if task is not learner.task:
+                learner.take(task, self._batches(task))
+        self._seat(staying)
 
     def check(self) -> None:
         """Refuses modules whose parameters left the matrix."""
@@ -200,3 +203,10 @@ class Roster:
         """Goes back to the snapshot."""
         for learner in self.learners:
             learner.load(*self.snapshots[learner.task.name])
+
+
+def _checked(tasks: Sequence[Task], tasks_per_round: int | None) -> dict[str, Task]:
+    """The tasks by name, enough of them for a round."""
+    if tasks_per_round is not None and not 1 <= tasks_per_round <= len(tasks):
+        raise UsageError(f"tasks_per_round is {tasks_per_round}; use a number from 1 to the {len(tasks)} tasks")
+    return {task.name: task for task in tasks}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from trajshift import checkpoint
-from trajshift.build import build_trainer
+from trajshift.build import build_trainer, unshared
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.loop import Event, MetaTrainer
+from trajshift.loop import Event
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe
 from trajshift.rundir import (
@@ -31,6 +31,7 @@ from trajshift.rundir import (
     environment,
     fingerprint,
     resumed_recipe,
+    with_absolute_paths,
 )
 
 POLL_EVERY = 5
@@ -70,9 +71,7 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
 class _Run:
     """One process's part in one call of `train`."""
 
-    def __init__(
-        self, recipe: Recipe, directory: RunDirectory, world: World, *, resume: bool, quiet: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, *, resume: bool, quiet: bool) -> None:
         self.directory = directory
         self.world = world
         self.first = world.rank == 0
@@ -86,8 +85,7 @@ class _Run:
                 )
             recipe = resumed_recipe(self.old, recipe, directory.path)
         world.barrier()  # every rank has looked before the first one writes
-        if self.first:
-            directory.lock()
+        self._lock()
         self.recipe = replace(recipe, threads=set_threads(world, recipe.threads))
         self.trainer = build_trainer(self.recipe)
         self.fingerprint = fingerprint(self.recipe)
@@ -120,6 +118,17 @@ class _Run:
 
     # starting -----------------------------------------------------------------------------------------------
 
+    def _lock(self) -> None:
+        """Take the directory; where that fails all ranks say so instead of waiting for each other."""
+        failure: Exception | None = None
+        if self.first:
+            try:
+                self.directory.lock()
+            except (OSError, UsageError) as error:
+                failure = error
+        if self.world.any(failure is not None):
+            raise failure or UsageError(f"{self.directory.path} could not be taken by rank 0")
+
     def _resume(self) -> None:
         """Load the newest valid checkpoint, if there is one, and cut what was written after it."""
         found = checkpoint.latest_valid(self.directory.checkpoints) if self.old is not None else None
@@ -129,11 +138,12 @@ class _Run:
             for note in notes if self.first else ():
                 print(note, file=sys.stderr)
             if newest is not None:
-                extra = checkpoint.load(newest, self.trainer)
+                extra = checkpoint.verify(newest)["extra"]
                 if extra["recipe"] != self.fingerprint:
                     raise UsageError(f"{newest} was written by another recipe; remove it or start a new run")
                 assert self.old is not None
-                check_boundary(self.old, self.recipe, self.trainer.step)
+                check_boundary(self.old, self.recipe, int(newest.name))
+                checkpoint.load(newest, self.trainer)
                 metrics_bytes = extra["metrics_bytes"]
         if self.first and self.old is not None:
             self.directory.cut(self.trainer.step, metrics_bytes)
@@ -165,6 +175,8 @@ class _Run:
         where = f"from step {self.trainer.step}" if self.trainer.step else f"in {self.directory.path}"
         text = ", ".join(f"{key} {_short(value)}" for key, value in choices.items() if _is_plain(value))
         progress.note(f"{self.directory.path.name} {where}: {text}")
+        if own := unshared(self.trainer):
+            progress.note(f"not shared, because not every task has them with one shape: {', '.join(own)}")
 
     # training -----------------------------------------------------------------------------------------------
 
@@ -233,18 +245,11 @@ class _Run:
         rows = self.directory.metrics_bytes() if self.first else 0
         extra = {"recipe": self.fingerprint, "metrics_bytes": rows}
         checkpoint.save(self.directory.checkpoints, self.trainer, extra)
-        if self.first and self.recipe.output.keep is not None:
-            checkpoint.prune(self.directory.checkpoints, self.recipe.output.keep)
+        if self.first:
+            checkpoint.prune(self.directory.checkpoints, self.recipe.output.keep, self.trainer.step)
 
     def _resume_command(self) -> str:
         return f"trajshift train --resume {self.directory.path}"
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its files found from any working directory."""
-    data = replace(recipe.data, root=str(Path(recipe.data.root).expanduser().resolve()))
-    initialization = recipe.initialization and str(Path(recipe.initialization).expanduser().resolve())
-    return replace(recipe, data=data, initialization=initialization)
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,13 +1,13 @@
 """The run directory: recipe, rows of numbers, environment. Only rank 0 writes. This module never imports torch.
 
-    runs/NAME/
-      recipe.yaml                 the resolved recipe
-      environment.json            versions, hardware, commit
-      choices.json                what the method, the model and the tasks resolved to: meta_lr, shared parameters, ...
-      metrics.jsonl               one row per log step; no clock in it
-      timing.jsonl                the same steps with seconds and steps per second
-      checkpoints/STEP/           what `--resume` continues from
-      initialization.safetensors  phi, once the run is complete
+runs/NAME/
+  recipe.yaml                 the resolved recipe
+  environment.json            versions, hardware, commit
+  choices.json                what the method, the model and the tasks resolved to: meta_lr, shared parameters, ...
+  metrics.jsonl               one row per log step; no clock in it
+  timing.jsonl                the same steps with seconds and steps per second
+  checkpoints/STEP/           what `--resume` continues from
+  initialization.safetensors  phi, once the run is complete
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -61,8 +61,11 @@ class RunDirectory:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
-        return (self.path / "recipe.yaml").is_file()
+        """Whether a run left numbers here; one that failed before its first row may be started over."""
+        if not (self.path / "recipe.yaml").is_file():
+            return False
+        metrics = self.path / "metrics.jsonl"
+        return self.checkpoints.is_dir() or (metrics.exists() and metrics.stat().st_size > 0)
 
     @property
     def checkpoints(self) -> Path:
@@ -78,6 +81,35 @@ class RunDirectory:
         """The resolved recipe of the run."""
         return load(self.path)
 
+    def last_step(self) -> int:
+        """Inner steps done by the last row of timing.jsonl."""
+        rows = read_rows(self.path / "timing.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
+
+    def is_complete(self, recipe: Recipe) -> bool:
+        """Whether this very recipe was trained here to its end.
+
+        Raises:
+            UsageError: another recipe was.
+        """
+        if not self.exists:
+            return False
+        old = self.recipe()
+        new = resumed_recipe(old, recipe, self.path)
+        done = self.initialization_step()
+        if done is not None:
+            check_boundary(old, new, done)
+        return done == new.total_steps
+
+    def initialization_step(self) -> int | None:
+        """The inner steps behind initialization.safetensors, from its header; None where there is none."""
+        try:
+            with open(self.initialization, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return int(json.loads(header["__metadata__"]["trajshift"])["step"])
+        except (OSError, ValueError, KeyError):
+            return None
+
     def lock(self) -> None:
         """Refuse to train where another process does; held until this process ends."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -89,12 +121,16 @@ class RunDirectory:
 
     def unlock(self) -> None:
         """Let others train here, and close what is open."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        metrics, self._metrics = self._metrics, None
+        held, self._lock = self._lock, None
+        try:
+            if metrics is not None:
+                metrics.close()  # on a full disk it fails once more
+        finally:
+            if held is not None:
+                os.close(held)
+            with suppress(OSError):
+                self.path.rmdir()  # succeeds only where nothing was written
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe."""
@@ -124,7 +160,8 @@ class RunDirectory:
         length = metrics.stat().st_size if metrics.exists() else 0
         if length < metrics_bytes:
             raise UsageError(
-                f"{metrics} has {length} bytes, but had {metrics_bytes} at the checkpoint of step {step}; put the file back"
+                f"{metrics} has {length} bytes, but had {metrics_bytes} at the checkpoint of step {step}; "
+                "put the file back"
             )
         if metrics.exists():
             os.truncate(metrics, metrics_bytes)
@@ -186,7 +223,7 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
     Raises:
         UsageError: a field differs that must not, by its name.
     """
-    new = replace(new, threads=new.threads or old.threads)
+    new = with_absolute_paths(replace(new, threads=new.threads or old.threads))
     new.output = replace(new.output, name=new.output.name or old.output.name)
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED)
     refused = [key for key in differences(old, new) if not _within(key, free)]
@@ -195,10 +232,17 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
         key = refused[0]
         others = f" (also {', '.join(refused[1:])})" if refused[1:] else ""
         raise UsageError(
-            f"{where} was started with another recipe: {key} was {before.get(key)!r} and is now {after.get(key)!r}{others}; "
-            "only tasks, rounds and output may change on resume; give the new run another name"
+            f"{where} was started with another recipe: {key} was {before.get(key)!r} and is now {after.get(key)!r}"
+            f"{others}; only tasks, rounds and output may change on resume; give the new run another name"
         )
     return new
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its files found from any working directory."""
+    data = replace(recipe.data, root=str(Path(recipe.data.root).expanduser().resolve()))
+    initialization = recipe.initialization and str(Path(recipe.initialization).expanduser().resolve())
+    return replace(recipe, data=data, initialization=initialization)
 
 
 def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
@@ -209,8 +253,12 @@ def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
             f"{changed[0]} may change only between rounds, but the newest checkpoint is at step {step} "
             f"and a round has {new.horizon}; go on with the old tasks to the end of the round"
         )
+    if changed and step == new.total_steps:
+        raise UsageError(f"{changed[0]} was changed, but the run is complete at step {step}; raise rounds too")
     if step > new.total_steps:
-        raise UsageError(f"rounds is {new.rounds}, which ends at step {new.total_steps}, but step {step} is already done")
+        raise UsageError(
+            f"rounds is {new.rounds}, which ends at step {new.total_steps}, but step {step} is already done"
+        )
 
 
 # the world outside ------------------------------------------------------------------------------------------

@@ -25,12 +25,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     """Print a table whose first `text` columns are words and whose others are numbers."""
     from rich import box
 
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place < text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    out = console()
+    if title:
+        out.print(f"\n{title}", style="bold", soft_wrap=True)
+    out.print(table)
 
 
 def print_summary(summary: Summary, *, tests: bool = True) -> None:
@@ -39,4 +42,4 @@ def print_summary(summary: Summary, *, tests: bool = True) -> None:
     if tests and any(test.t is not None for test in summary.tests):
         print_table(summary.test_header(), summary.test_cells(), "paired t-tests over seeds on the average", text=2)
     for note in summary.notes:
-        console().print(f"note: {note}")
+        console().print(f"note: {note}", soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What a run counts: inner steps, gradient evaluations, losses, and each task's first bad step."""
+"""What a run counts: inner steps, gradient evaluations, losses, and each task's first bad step.
+
+Shapes: T learners (rows) on this rank, P shared numbers each.
+"""
 
 from __future__ import annotations
 
@@ -26,26 +29,40 @@ class Tally:
         self.inner_steps = 0
         self.counts: Counter[str] = Counter()
         self.update_norm = torch.zeros((), device=device)
-        self.loss_count = 0
+        self.names: tuple[str, ...] = ()
+        self.loss_sum = torch.zeros(0, dtype=torch.float64, device=device)
+        self.loss_count: list[int] = []
+        self.first_bad_step = torch.zeros(0, dtype=torch.int64, device=device)
+        self._left: dict[str, Tensor] = {}
         self._replaying = False
-        self._device = device
-        self.seat(0)
 
-    def seat(self, learners: int) -> None:
-        """Other learners took the rows: their sums start anew."""
-        self.loss_sum = torch.zeros(learners, dtype=torch.float64, device=self._device)
-        self.first_bad_step = torch.full((learners,), -1, dtype=torch.int64, device=self._device)
-        self.loss_count = 0
+    def seat(self, names: Sequence[str]) -> None:
+        """Learners of these tasks have the rows now; those that stay keep their sums, the others start anew.
 
-    def inner_step(self, losses: Tensor, step: int) -> None:
-        """All learners took a step with these losses `[T]`; `step` counts scheduled steps from 1."""
+        So a task's numbers do not depend on which others share its rank.
+        """
+        before = {name: row for row, name in enumerate(self.names)}
+        for name in before.keys() - set(names):
+            step = self.first_bad_step[before[name]]
+            earlier = self._left.get(name, step)
+            self._left[name] = torch.where(earlier < 0, step, earlier)
+        rows = [row for row, name in enumerate(names) if name in before]
+        old = [before[names[row]] for row in rows]
+        loss_sum, first_bad_step = self.loss_sum.new_zeros(len(names)), self.first_bad_step.new_full((len(names),), -1)
+        loss_sum[rows], first_bad_step[rows] = self.loss_sum[old], self.first_bad_step[old]
+        self.loss_count = [self.loss_count[before[name]] if name in before else 0 for name in names]
+        self.names, self.loss_sum, self.first_bad_step = tuple(names), loss_sum, first_bad_step
+
+    def inner_step(self, losses: Tensor, theta: Tensor, step: int) -> None:
+        """All learners took a step to theta `[T, P]` from these losses `[T]`; `step` counts scheduled steps from 1."""
         self.inner_steps += 1
         self.counts["gradient_evaluations"] += len(losses)
-        bad = ~torch.isfinite(losses) & (self.first_bad_step < 0)
+        # theta too: an overflowing gradient spoils it, and through phi all others, before the next loss tells.
+        bad = ~(torch.isfinite(losses) & torch.isfinite(theta.sum(1))) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
         if not self._replaying:
             self.loss_sum += losses
-            self.loss_count += 1
+            self.loss_count = [count + 1 for count in self.loss_count]
 
     def meta_update(self, delta: Tensor, counts: Counter[str]) -> None:
         """phi moved by delta `[P]`; reading the meta-gradients cost `counts`."""
@@ -63,15 +80,15 @@ class Tally:
 
     def mean_losses(self) -> list[float]:
         """Mean loss of each learner since the last call; the sums start anew."""
-        means = (self.loss_sum / max(self.loss_count, 1)).tolist()
+        means = [total / max(count, 1) for total, count in zip(self.loss_sum.tolist(), self.loss_count, strict=True)]
         self.loss_sum.zero_()
-        self.loss_count = 0
+        self.loss_count = [0] * len(self.loss_count)
         return means
 
-    def first_bad(self, names: Sequence[str]) -> list[tuple[int, str]]:
-        """(step, task) for each local task whose loss once was not finite."""
-        steps = self.first_bad_step.tolist()
-        return [(step, name) for step, name in zip(steps, names, strict=True) if step >= 0]
+    def first_bad(self) -> list[tuple[int, str]]:
+        """(step, task) for each local task whose loss or parameters once were not finite."""
+        steps = torch.cat([self.first_bad_step, *(step[None] for step in self._left.values())]).tolist()
+        return [(step, name) for step, name in zip(steps, (*self.names, *self._left), strict=True) if step >= 0]
 
     @staticmethod
     def refuse(found: Sequence[Sequence[tuple[int, str]]], *, inner_lr: float, meta_lr: float) -> None:
@@ -85,6 +102,6 @@ class Tally:
             step = every[0][0]
             names = ", ".join(repr(name) for at, name in every if at == step)
             raise NonFiniteLoss(
-                f"the loss of task {names} is not finite at inner step {step} "
+                f"the loss or a parameter of task {names} is not finite at inner step {step} "
                 f"(inner lr {inner_lr:g}, meta_lr {meta_lr:g}); lower a learning rate or set grad_clip"
             )

@@ -111,16 +111,19 @@ class Trajectories:
             bound[name] = parameters[name]
         return bound
 
-    def check(self, row: int, bound: Mapping[str, nn.Parameter], task: str) -> None:
-        """Refuses a module whose parameters no longer are the views they were bound to.
+    def check(self, row: int, module: nn.Module, trained: Mapping[str, nn.Parameter], task: str) -> None:
+        """Refuses a module whose parameters are not those in training, or no longer views of their row.
 
         Raises:
-            UsageError: `.to()` or `load_state_dict(assign=True)` gave a parameter memory of its own.
+            UsageError: `.to()` gave a parameter memory of its own, or `load_state_dict(assign=True)` replaced it.
         """
-        for name, view in self.views[row].items():
-            if bound[name].data_ptr() != view.data_ptr() or bound[name].stride() != view.stride():
+        present = dict(module.named_parameters())
+        for name, parameter in trained.items():
+            view = self.views[row].get(name)
+            moved = view is not None and (parameter.data_ptr(), parameter.stride()) != (view.data_ptr(), view.stride())
+            if moved or present.get(name) is not parameter:
                 raise UsageError(
-                    f"parameter {name!r} of task {task!r} left the trajectory matrix; "
+                    f"parameter {name!r} of task {task!r} left the trajectory matrix or was replaced; "
                     "do not call .to() or load_state_dict(assign=True) on a module in training"
                 )
 

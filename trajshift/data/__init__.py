@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trajshift.data.batches import TaskBatches
-    from trajshift.data.digits import digits_targets, digits_task, digits_tasks
+    from trajshift.data.digits import digits_targets, digits_task, digits_tasks, load_digits
     from trajshift.data.huggingface import hf_source, load_hf
     from trajshift.data.images import ImageTransform, image_task
     from trajshift.data.sources import (
@@ -41,6 +41,7 @@ __all__ = [
     "digits_tasks",
     "hf_source",
     "image_task",
+    "load_digits",
     "load_hf",
     "load_npz",
     "subset",
@@ -48,7 +49,7 @@ __all__ = [
 
 _HOMES = {
     "batches": ("TaskBatches",),
-    "digits": ("digits_targets", "digits_task", "digits_tasks"),
+    "digits": ("digits_targets", "digits_task", "digits_tasks", "load_digits"),
     "huggingface": ("hf_source", "load_hf"),
     "images": ("ImageTransform", "image_task"),
     "stream": ("Stream",),

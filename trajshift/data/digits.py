@@ -2,7 +2,7 @@
 
 Sources show the digits 0 to 5, targets 6 to 9, so they share neither a class nor an image. Sources differ in
 label space, orientation, polarity and size: besides "which digit" there are "odd or even", "turned by how much"
-and "mirrored or not". Targets have 20 to 80 training images; all other scans of their digits are test images.
+and "mirrored or not". Targets have 20 to 40 training images; all other scans of their digits are test images.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ _SOURCES = {
 # Only views that can be told apart: a mirrored 8 is an 8, and a 6 turned twice a 9.
 _TARGETS = {
     "six-to-nine": _Variant(digits=(6, 7, 8, 9), size=16, inverted=True, per_digit=5),
-    "digit-and-turn": _Variant(digits=(6, 7, 8, 9), size=12, turns=(0, 1), label="digit and view", per_digit=10),
-    "digit-and-side": _Variant(digits=(6, 7, 9), size=12, mirrored=(False, True), label="digit and view", per_digit=10),
+    "digit-and-turn": _Variant(digits=(6, 7, 8, 9), size=12, turns=(0, 1), label="digit and view", per_digit=5),
+    "digit-and-side": _Variant(digits=(6, 7, 9), size=12, mirrored=(False, True), label="digit and view", per_digit=5),
 }
 
 
@@ -101,7 +101,7 @@ def digits_tasks(*names: str) -> dict[str, Task]:
 
 
 def digits_targets(*names: str) -> dict[str, Task]:
-    """The target tasks of these names, or all three: digits 6 to 9, 4 to 8 classes, 20 to 80 training images.
+    """The target tasks of these names, or all three: digits 6 to 9, 4 to 8 classes, 20 to 40 training images.
 
     Raises:
         UsageError: a name that is no target's.

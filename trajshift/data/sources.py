@@ -336,7 +336,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, for numpy leaves a file that is no archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in wanted if name not in archive]
             if missing:
                 raise UsageError(

@@ -42,9 +42,7 @@ def check(name: str) -> None:
         UsageError: an unknown name without a colon; names the nearest.
     """
     if ":" not in name and name not in _FACTORIES:
-        raise UsageError(
-            f"unknown model {name!r}{nearest(name, _FACTORIES)}; or write package.module:factory"
-        )
+        raise UsageError(f"unknown model {name!r}{nearest(name, _FACTORIES)}; or write package.module:factory")
 
 
 def build(name: str, task: Task, /, **options: Any) -> nn.Module:
@@ -62,9 +60,7 @@ def build(name: str, task: Task, /, **options: Any) -> nn.Module:
     check(name)
     factory = load_object(_FACTORIES.get(name, name), "model")
     if not callable(factory):
-        raise UsageError(
-            f"model {name!r} is a {type(factory).__name__}; name a callable factory(task, **options)"
-        )
+        raise UsageError(f"model {name!r} is a {type(factory).__name__}; name a callable factory(task, **options)")
     _check_options(name, factory, task, options)
     module = factory(task, **options)
     # Imported here: the names alone must not cost the import of torch.

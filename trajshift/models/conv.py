@@ -34,9 +34,7 @@ class Block(nn.Module):
 class ConvNet(nn.Module):
     """Blocks, mean over positions, linear head: images `[B, C, H, W]` of any size to `[B, outputs]`."""
 
-    def __init__(
-        self, task: Task, *, width: int, depth: int, batch_norm: bool, activation: str, pool: str
-    ) -> None:
+    def __init__(self, task: Task, *, width: int, depth: int, batch_norm: bool, activation: str, pool: str) -> None:
         super().__init__()
         inputs = [image_channels(task)] + [width] * (depth - 1)
         self.blocks = nn.Sequential(

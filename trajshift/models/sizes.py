@@ -28,9 +28,7 @@ def head(task: Task, features: int) -> nn.Linear:
         UsageError: the task does not say its number of outputs.
     """
     if task.outputs is None or task.outputs < 1:
-        raise UsageError(
-            f"task {task.name!r} has outputs {task.outputs}; set its number of classes or targets"
-        )
+        raise UsageError(f"task {task.name!r} has outputs {task.outputs}; set its number of classes or targets")
     return nn.Linear(features, task.outputs)
 
 

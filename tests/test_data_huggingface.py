@@ -1,0 +1,188 @@
+"""Hugging Face data sets, made here: a saved folder, parquet files, a folder of images. No network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trajshift.data.batches import TaskBatches
+from trajshift.data.huggingface import hf_source, load_hf
+from trajshift.data.images import image_task
+from trajshift.data.preparation import prepare_images
+from trajshift.data.sources import ArraySource, DatasetSource, labels_of
+from trajshift.data.stream import Stream
+from trajshift.errors import UsageError
+
+datasets = pytest.importorskip("datasets")
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def pictures(n: int, shape: tuple[int, ...] = (6, 6, 3), seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8))
+
+
+def made(
+    images: list[np.ndarray], labels: list[Any], feature: Any = None, column: str = "label", picture: str = "image"
+) -> Any:
+    columns = {picture: [Image.fromarray(image) for image in images], column: labels}
+    features = datasets.Features(
+        {picture: datasets.Image(), column: feature or datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def both(images: list[np.ndarray]) -> Any:
+    return datasets.DatasetDict({"train": made(images, [0, 1, 1, 0, 1]), "test": made(pictures(2, seed=1), [1, 0])})
+
+
+def same(source: Any, images: list[np.ndarray], labels: list[int]) -> None:
+    x, y = source.fetch(torch.arange(len(source)))
+    assert x.dtype == torch.uint8
+    assert y.dtype == torch.int64
+    assert y.tolist() == labels
+    assert np.array_equal(x.numpy(), np.stack(images).transpose(0, 3, 1, 2))
+
+
+def test_saved_folder(tmp_path: Path) -> None:
+    images = pictures(5)
+    both(images).save_to_disk(tmp_path / "saved")
+    data = load_hf(tmp_path / "saved")
+    assert isinstance(data.train, ArraySource)
+    assert (data.outputs, data.class_names) == (2, ("cat", "dog"))
+    same(data.train, images, [0, 1, 1, 0, 1])
+    same(data.test, pictures(2, seed=1), [1, 0])
+    same(hf_source(tmp_path / "saved", "test"), pictures(2, seed=1), [1, 0])
+    made(images, [0, 1, 1, 0, 1]).save_to_disk(tmp_path / "single")
+    assert load_hf(tmp_path / "single").test is None
+
+
+def test_parquet(tmp_path: Path) -> None:
+    images = pictures(5)
+    for split, part in both(images).items():
+        part.to_parquet(tmp_path / f"{split}.parquet")
+    same(load_hf(tmp_path / "train.parquet").train, images, [0, 1, 1, 0, 1])
+    same(load_hf(str(tmp_path / "tr*.parquet")).train, images, [0, 1, 1, 0, 1])
+    data = load_hf(tmp_path)
+    same(data.train, images, [0, 1, 1, 0, 1])
+    same(data.test, pictures(2, seed=1), [1, 0])
+
+
+@pytest.mark.parametrize("layout", ["{split}/{name}", "{name}"])
+def test_folder_of_images(layout: str, tmp_path: Path) -> None:
+    for split, seed in (("train", 0), ("validation", 1))[: 1 + layout.count("split")]:
+        for number, image in enumerate(pictures(4, seed=seed)):
+            folder = tmp_path / layout.format(split=split, name="ab"[number % 2])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
+    data = load_hf(tmp_path, size=3)
+    assert data.class_names == ("a", "b")
+    x, y = data.train.fetch(torch.arange(4))
+    expected = {
+        prepare_images(torch.from_numpy(image).permute(2, 0, 1)[None], size=3).numpy().tobytes(): number % 2
+        for number, image in enumerate(pictures(4))
+    }
+    assert {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)} == expected
+    assert (data.test is not None) == ("split" in layout)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_large_sets_are_decoded_when_fetched(tmp_path: Path) -> None:
+    images = pictures(5)
+    both(images).save_to_disk(tmp_path / "saved")
+    data = load_hf(tmp_path / "saved", memory_bytes=5 * 108 - 1)
+    assert isinstance(data.train, DatasetSource)
+    assert isinstance(data.test, ArraySource)
+    same(data.train, images, [0, 1, 1, 0, 1])
+    labels = labels_of(data.train)
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 1, 0, 1]
+    small = load_hf(tmp_path / "saved")
+    tasks = [image_task("a", source.train, outputs=2, crop_padding=1) for source in (data, small)]
+    streamed, held = (TaskBatches(task, seed=0, batch_size=3) for task in tasks)
+    stream = Stream({"a": streamed}, 1)
+    for step in range(4):
+        assert torch.equal(streamed.train(step)[0], held.train(step)[0])
+    stream.close()
+
+
+def test_grey_and_coloured_images(tmp_path: Path) -> None:
+    grey = pictures(3, (6, 6))
+    made(grey, [0, 1, 0]).save_to_disk(tmp_path / "grey")
+    same(load_hf(tmp_path / "grey").train, [image[..., None] for image in grey], [0, 1, 0])
+    same(load_hf(tmp_path / "grey", channels=3).train, [np.stack([image] * 3, -1) for image in grey], [0, 1, 0])
+    made([*grey[:2], *pictures(1)], [0, 1, 0]).save_to_disk(tmp_path / "mixed")
+    with pytest.raises(UsageError, match=r"image 2 has shape \[3, 6, 6\] but the first \[1, 6, 6\]"):
+        load_hf(tmp_path / "mixed")
+    assert load_hf(tmp_path / "mixed", channels=3).train.fetch(torch.arange(3))[0].shape == (3, 3, 6, 6)
+
+
+def test_images_of_different_size_need_a_size(tmp_path: Path) -> None:
+    made([*pictures(1), *pictures(1, (8, 7, 3))], [0, 1]).save_to_disk(tmp_path / "a")
+    with pytest.raises(UsageError, match=r"image 1 has shape \[3, 8, 7\] but the first \[3, 6, 6\]; set size"):
+        load_hf(tmp_path / "a")
+    assert load_hf(tmp_path / "a", size=5).train.fetch(torch.arange(2))[0].shape == (2, 3, 5, 5)
+
+
+def test_labels_by_name_and_by_number(tmp_path: Path) -> None:
+    images = pictures(3)
+    made(images, ["pear", "apple", "pear"], datasets.Value("string")).save_to_disk(tmp_path / "names")
+    data = load_hf(tmp_path / "names")
+    assert data.class_names == ("apple", "pear")
+    same(data.train, images, [1, 0, 1])
+    made(images, [2, 0, 1], datasets.Value("int64"), column="kind").save_to_disk(tmp_path / "numbers")
+    same(load_hf(tmp_path / "numbers", label="kind").train, images, [2, 0, 1])
+    with pytest.raises(UsageError, match="no columns of labels; set label to one of image, kind"):
+        load_hf(tmp_path / "numbers")
+    parts = {"train": made(images, [1, 0, 1]), "test": made(images, [1, -1, 0])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(UsageError, match="split 'test': label -1 of image 1 is none of the 2 training classes"):
+        load_hf(tmp_path / "unlabelled")
+    words = datasets.Value("string")
+    parts = {"train": made(images, ["a", "b", "b"], words), "test": made(images, ["a", "c", "b"], words)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "unseen")
+    with pytest.raises(UsageError, match="label 'c' of image 1 is none of the 2 training classes"):
+        load_hf(tmp_path / "unseen")
+    made(images, [0.5, 1.5, 2.5], datasets.Value("float64")).save_to_disk(tmp_path / "floats")
+    with pytest.raises(UsageError, match="holds no class names or numbers"):
+        load_hf(tmp_path / "floats")
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    both(pictures(5)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="no split 'tset'; did you mean 'test'"):
+        load_hf(tmp_path / "saved", test="tset")
+    with pytest.raises(UsageError, match="no column 'picture'; set image to one of image"):
+        load_hf(tmp_path / "saved", image="picture")
+    for absent in (tmp_path / "absent", str(tmp_path / "*.parquet"), "./absent"):
+        with pytest.raises(UsageError, match="no such file or folder"):
+            load_hf(absent)
+    with pytest.raises(UsageError, match="nobody/nothing: not to be opened"):
+        load_hf("nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty: not to be opened"):
+        load_hf(tmp_path / "empty")
+    made([], []).to_parquet(tmp_path / "half" / "test.parquet")
+    made(pictures(1), [0]).to_parquet(tmp_path / "half" / "train.parquet")
+    with pytest.raises(UsageError, match=r"split 'test' is empty|\"test\" corresponds to no data"):
+        load_hf(tmp_path / "half")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"pip install 'trajshift\[data\]'"):
+        load_hf("mnist")

@@ -1,0 +1,278 @@
+"""The page: from saved files only, complete, self-contained, the same bytes twice, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trajshift.comparison import summary_table
+from trajshift.errors import UsageError
+from trajshift.figures import _aligned, looks
+from trajshift.recipe import load, to_yaml
+from trajshift.report import verdict, write_report
+from trajshift.rows import append_row, collect
+
+METHODS = {"trajectory-shifting": 0.74, "reptile": 0.70, "no-shifting": 0.699}
+TARGETS = {"six-to-nine": 0.05, "digit-and-turn": 0.0, "digit-and-side": -0.06}
+STEPS = (100, 200, 300, 400)
+
+
+RECIPE = """
+horizon: 50
+rounds: 8
+tasks:
+  upright: {source: "digits:upright"}
+  parity: {source: "digits:parity"}
+targets:
+  six-to-nine: {source: "digits:six-to-nine"}
+"""
+
+
+def make_run(
+    folder: Path, method: str, seed: int, *, checkpoints: bool = True, sizes: tuple[int | None, ...] = (None, 20, 5)
+) -> Path:
+    """A run directory as training and evaluation leave it, with made-up numbers."""
+    rng = np.random.default_rng([seed, len(method)])
+    folder.mkdir(exist_ok=True)
+    file = folder / "recipe-of-tests.yaml"
+    file.write_text(RECIPE)
+    recipe = load(file, [f"method={method}", f"seed={seed}", f"output.name={method}-{seed}"])
+    path = folder / f"{method}-{seed}"
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(to_yaml(recipe))
+    (path / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.13"}, "cores": 2}))
+    (path / "choices.json").write_text(json.dumps({"meta_lr": 0.2, "meta_every": 1, "tasks": []}))
+    tasks = list(recipe.source_tasks())
+    for step in range(10, 401, 10):
+        values = {t: {"loss": 2 * np.exp(-step / 150) + 0.1 * rng.normal(), "distance": step % 50 / 50} for t in tasks}
+        counts = {
+            "step": step,
+            "inner_steps": step,
+            "gradient_evaluations": 8 * step,
+            "round": step // 50,
+            "k": step % 50,
+        }
+        append_row(path / "metrics.jsonl", counts | {"meta_update_norm": 1 / step, "tasks": values})
+        append_row(path / "timing.jsonl", {"step": step, "seconds": step / 10, "steps_per_second": 10.0})
+    scratch = ["scratch"] if method == "reptile" else []
+    for checkpoint in [*(STEPS[:-1] if checkpoints else ()), "initialization", *scratch]:
+        for target, offset in TARGETS.items():
+            for size in sizes if isinstance(checkpoint, str) else (None,):
+                done = 0 if checkpoint == "scratch" else checkpoint if isinstance(checkpoint, int) else STEPS[-1]
+                accuracy = (0.55 if checkpoint == "scratch" else METHODS[method]) + offset
+                accuracy += 0.02 * rng.normal() - 0.2 * np.exp(-(size or 80) / 20) - 0.1 * (1 - done / STEPS[-1])
+                append_row(
+                    path / "evaluation.jsonl",
+                    {
+                        "checkpoint": checkpoint, "inner_steps": done, "method": method, "label": method, "seed": seed,
+                        "section": "targets", "phi": None, "setting": target, "target": target, "train_images": size,
+                        "images": size or 80, "steps": 60, "accuracy": float(accuracy), "loss": float(1 - accuracy),
+                    },
+                )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [make_run(folder, method, seed) for method in METHODS for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    assert write_report(runs, out) == out
+    return out
+
+
+class Reader(HTMLParser):
+    """Collects text, tags and addresses; unbalanced tags fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag != "meta":
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(page: Path) -> tuple[Reader, str]:
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    assert reader.open == []
+    return reader, " ".join(" ".join(reader.text).split())
+
+
+def test_many_runs(runs: list[Path], page: Path) -> None:
+    reader, text = read(page)
+    names = ["comparison", "inner_steps", "few_data", "training_loss", "training_distance", "meta_update"]
+    assert reader.tags.count("figure") == len(names)
+    saved = {path.name for path in (page.parent / "page-figures").iterdir()}
+    assert saved == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    summary = summary_table(collect(runs)[0])
+    for cell in [cell for row in [*summary.cells(), *summary.test_cells()] for cell in row]:
+        assert cell in text
+    for part in [*METHODS, *TARGETS, "scratch", "parity", "3 seeds (0, 1, 2)", "3,200", "40 s", "torch 2.13"]:
+        assert part in text
+    assert verdict(summary) in text
+
+
+def test_the_page_is_self_contained(page: Path) -> None:
+    reader, _ = read(page)
+    assert all(address.startswith("#") for address in reader.addresses)
+    html = page.read_text(encoding="utf-8")
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert not {"script", "link", "img", "iframe"} & set(reader.tags)
+
+
+def test_the_same_files_give_the_same_bytes(runs: list[Path], page: Path, tmp_path: Path) -> None:
+    again = write_report([*runs, runs[0]], tmp_path)
+    assert again == tmp_path / "report.html"
+    assert again.read_bytes() == page.read_bytes()
+    for figure in (page.parent / "page-figures").iterdir():
+        assert figure.read_bytes() == (tmp_path / "report-figures" / figure.name).read_bytes()
+
+
+def test_one_run_with_one_seed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0, checkpoints=False, sizes=(None,))
+    page = write_report([run])
+    assert page == run / "report.html"
+    reader, text = read(page)
+    assert "one seed has no interval and allows no test" in text.lower()
+    assert "Only the end of meta-training was evaluated" in text
+    assert "Few data" not in text
+    assert reader.tags.count("figure") == 4
+
+
+def test_runs_without_evaluation_or_metrics_say_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0)
+    (run / "evaluation.jsonl").unlink()
+    _, text = read(write_report([run]))
+    assert "Figure 1. Training loss" in text
+    assert "have not been evaluated yet: trajshift evaluate" in text
+    for name in ("metrics.jsonl", "timing.jsonl", "environment.json", "choices.json"):
+        (run / name).unlink()
+    reader, text = read(write_report([run]))
+    assert "Nothing was logged yet" in text
+    assert "No environment.json" in text
+    assert "figure" not in reader.tags
+
+
+def test_half_written_rows_are_tolerated(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0, checkpoints=False, sizes=(None,))
+    before = write_report([run]).read_bytes()
+    for name in ("metrics.jsonl", "evaluation.jsonl", "timing.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"step": 410, "inn')
+    assert write_report([run]).read_bytes() == before
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0)
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        (run / name).unlink()
+    (run / "environment.json").write_text(json.dumps({"processor": "<script>alert(1)</script> & co"}))
+    reader, text = read(write_report([run]))
+    assert "script" not in reader.tags
+    assert "<script>alert(1)</script> & co" in text
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run directory was given"):
+        write_report([])
+    with pytest.raises(UsageError, match=r"without recipe\.yaml"):
+        write_report([tmp_path])
+    run = make_run(tmp_path, "reptile", 0)
+    (run / "environment.json").write_text("{")
+    with pytest.raises(UsageError, match=r"environment\.json is damaged"):
+        write_report([run])
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0)
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from trajshift.errors import UsageError\nfrom trajshift.report import write_report\n"
+        f"try: write_report([{str(run)!r}])\nexcept UsageError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'trajshift[report]'" in out.stdout
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "reptile", 0, checkpoints=False, sizes=(None,))
+    code = f"import sys\nfrom trajshift.report import write_report\nwrite_report([{str(run)!r}])\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def made(values: dict[str, list[float]]) -> list[dict[str, Any]]:
+    base = {
+        "checkpoint": "initialization",
+        "inner_steps": 9,
+        "target": "t",
+        "train_images": None,
+        "steps": 1,
+        "setting": "s",
+    }
+    return [
+        base | {"label": label, "method": label, "seed": seed, "accuracy": value, "loss": 1 - value}
+        for label, by_seed in values.items()
+        for seed, value in enumerate(by_seed)
+    ]
+
+
+def test_verdict_claims_no_more_than_the_tests_do() -> None:
+    near = verdict(summary_table(made({"a": [0.50, 0.60, 0.70], "b": [0.52, 0.57, 0.69]})))
+    assert near.startswith("Best on average is a with 60.00")
+    assert "cannot be told apart from b (p = 0." in near
+    far = verdict(summary_table(made({"a": [0.50, 0.60, 0.70], "b": [0.30, 0.401, 0.502]})))
+    assert "it differs from b (p = " in far
+    assert "too few seeds" in verdict(summary_table(made({"a": [0.5], "b": [0.6]})))
+    assert verdict(summary_table(made({"a": [0.5]}))) == "a: 50.00 % test accuracy on average over the targets."
+
+
+def test_long_series_are_averaged_in_bins_that_keep_the_mean() -> None:
+    x = np.arange(1, 3001)
+    y = np.sin(x / 100)
+    places, values = _aligned([(x, y), (x, y + 1)])
+    assert values.shape == (2, 150)
+    assert places[0] == pytest.approx(10.0)
+    assert values.mean(1) == pytest.approx([y.mean(), y.mean() + 1])
+    short, same = _aligned([([1, 2], [3, 4])])
+    assert short.tolist() == [1, 2]
+    assert same.tolist() == [[3, 4]]
+
+
+def test_a_method_keeps_its_looks_and_no_two_share_them() -> None:
+    styles = looks([f"method {index}" for index in range(20)] + ["scratch"])
+    assert len({tuple(style.items()) for style in styles.values()}) == 21

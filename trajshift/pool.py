@@ -1,0 +1,240 @@
+"""Many runs on one machine: a few worker processes, each with its share of the cores. This side is torch-free.
+
+A job is one run: meta-train (or go on with) its directory, then fine-tune the tasks of one section. Jobs leave
+everything in their run directories, so a pool that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from trajshift.errors import UsageError
+from trajshift.progress import Progress
+from trajshift.recipe import Recipe
+from trajshift.rundir import RunDirectory, disk_errors
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at how far the runs are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run and what to fine-tune from it."""
+
+    path: Path
+    """The run directory."""
+    recipe: Recipe
+    section: str | None = None
+    """`targets` or `tuning`: fine-tuned after training; None for neither."""
+    scratch: bool = False
+    """Also fine-tune without an initialization, with the run's seed."""
+
+    def line(self) -> str:
+        """The job as one line for a worker."""
+        recipe = asdict(self.recipe)
+        job = {"path": str(self.path), "recipe": recipe, "section": self.section, "scratch": self.scratch}
+        return json.dumps(job) + "\n"
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, str]:
+    """Do all jobs in `workers` processes; returns for each run that failed why, in a sentence.
+
+    Each process gets cores / workers threads, unless the recipe (or the run that is continued) says otherwise.
+    What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
+
+    Raises:
+        UsageError: a run directory holds a run of another recipe.
+        KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
+    """
+    for job in jobs:
+        RunDirectory(job.path).is_complete(job.recipe)  # refuses what is there but differs, before any work
+    workers = max(1, min(workers, len(jobs)))
+    threads = max(1, cores() // workers)
+    ready: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        ready.put(_with_threads(job, threads))
+    results: queue.SimpleQueue[tuple[Path, str | None]] = queue.SimpleQueue()
+    failures: dict[Path, str] = {}
+    with disk_errors(log.parent):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            staff = [_Worker(ready, results, file, threads) for _ in range(workers)]
+            with _stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
+                try:
+                    for worker in staff:
+                        worker.start()
+                    _wait(jobs, results, failures, progress)
+                finally:
+                    for worker in staff:
+                        worker.stop()
+    return failures
+
+
+def _with_threads(job: Job, threads: int) -> Job:
+    """A run that is continued keeps the threads it was started with."""
+    run = RunDirectory(job.path)
+    chosen = job.recipe.threads or (run.recipe().threads if run.exists else None) or threads
+    return replace(job, recipe=replace(job.recipe, threads=chosen))
+
+
+def _total(jobs: Sequence[Job]) -> int:
+    return sum(job.recipe.total_steps for job in jobs)
+
+
+def _done(jobs: Sequence[Job]) -> int:
+    return sum(min(RunDirectory(job.path).last_step(), job.recipe.total_steps) for job in jobs)
+
+
+def _wait(
+    jobs: Sequence[Job],
+    results: queue.SimpleQueue[tuple[Path, str | None]],
+    failures: dict[Path, str],
+    progress: Progress,
+) -> None:
+    finished = 0
+    while finished < len(jobs):
+        try:
+            path, failure = results.get(timeout=LOOK_EVERY)
+        except queue.Empty:
+            pass
+        else:
+            finished += 1
+            if failure is not None:
+                failures[path] = failure
+                progress.note(f"{path.name} failed: {failure}")
+        progress.update(_done(jobs), note=f"{finished} of {len(jobs)} runs trained and fine-tuned")
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[None]:
+    """SIGTERM ends the wait as SIGINT does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Worker(threading.Thread):
+    """Feeds one worker process; starts another where one died."""
+
+    def __init__(
+        self,
+        ready: queue.SimpleQueue[Job],
+        results: queue.SimpleQueue[tuple[Path, str | None]],
+        log: IO[str],
+        threads: int,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._ready, self._results, self._log, self._threads = ready, results, log, threads
+        self._process: subprocess.Popen[str] | None = None
+        self._stopping = False
+
+    def run(self) -> None:
+        """Take jobs until there are none."""
+        while not self._stopping:
+            try:
+                job = self._ready.get_nowait()
+            except queue.Empty:
+                break
+            failure = self._do(job)
+            if not self._stopping:
+                self._results.put((job.path, failure))
+
+    def _do(self, job: Job) -> str | None:
+        """Do one job; returns why it failed."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(job.line())
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            self._process = None
+            status = process.wait()
+            process.stdout.close()
+            with suppress(OSError):
+                process.stdin.close()
+            return f"its process ended with status {status}; see {self._log.name}"
+        failure: str | None = json.loads(answer)["failure"]
+        return failure
+
+    def _start(self) -> subprocess.Popen[str]:
+        here = str(Path(__file__).parents[1])
+        path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trajshift.worker", str(self._threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": path},
+        )
+        return self._process
+
+    def stop(self) -> None:
+        """End the process: at once where it is idle, after a checkpoint where it trains."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
+        if self.is_alive():
+            process.terminate()
+        _wait_patiently(process)
+        if process.stdout is not None:
+            self.join()
+            process.stdout.close()
+
+
+def _wait_patiently(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that may be writing a checkpoint, whatever signals come meanwhile."""
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            continue
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def refuse_failures(failures: dict[Path, str]) -> None:
+    """Stop where runs failed that must not.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for path, failure in failures.items():
+        raise UsageError(f"{path} failed: {failure}")

@@ -1,0 +1,62 @@
+"""The worker process of `pool`: reads jobs from stdin, one JSON line each, and answers with one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+from trajshift.errors import UsageError
+from trajshift.recipe import validate
+from trajshift.rundir import RunDirectory, disk_errors
+
+
+def main() -> None:
+    """Do jobs until stdin ends or a signal comes; a signal during training is answered by a checkpoint."""
+    import torch
+
+    torch.set_num_threads(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the user's code prints goes to the log
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    for line in sys.stdin:
+        failure: str | None = None
+        try:
+            if not do(json.loads(line)):
+                break
+        except UsageError as error:
+            failure = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            failure = f"{type(error).__name__}: {error}"
+        answers.write(json.dumps({"failure": failure}) + "\n")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def do(job: dict[str, Any]) -> bool:
+    """Train and fine-tune one run; returns False where a signal stopped it."""
+    from trajshift.evaluate import evaluate_runs
+    from trajshift.run import train
+
+    recipe = validate(job["recipe"])
+    run = RunDirectory(job["path"])
+    if not run.is_complete(recipe):
+        outcome = train(recipe, run.path, resume=True, quiet=True)
+        if not outcome.complete:
+            return False
+    if job["section"] is not None:
+        with disk_errors(run.path):
+            evaluate_runs([run.path], targets=job["section"], scratch=job["scratch"])
+    return True
+
+
+if __name__ == "__main__":
+    main()
