@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Inner] = {
 CHOICES: dict[str, dict[str, Any]] = {
     "accurate": {"method": "accurate"},
     "accurate-adam": {"method": "accurate", "inner": Inner(optimizer="adam"), "meta_every": 2},
-    "accurate-sampled": {"method": "accurate", "tasks_per_round": 2},
+    "accurate-sampled": {"method": "accurate", "tasks_per_round": 2, "rounds": 6},
     "no-shifting": {"method": "no-shifting"},
     "random-shifting": {"method": "random-shifting"},
     "reptile": {"method": "reptile"},
@@ -73,8 +73,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "anil": {"method": "anil"},
     "mtl": {"method": "mtl"},
     "mtl-adam": {"method": "mtl", "inner": Inner(optimizer="adam")},
-    "sampled": {"tasks_per_round": 2},
-    "sampled-reptile": {"method": "reptile", "tasks_per_round": 1},
+    "sampled": {"tasks_per_round": 2, "rounds": 6},
+    "sampled-reptile": {"method": "reptile", "tasks_per_round": 1, "rounds": 6},
     "renewed": {"renew": ("heads", "statistics"), "grad_clip": 0.5},
     "renewed-optimizer": {"renew": ("optimizer",)},
 }

@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random-shifting": {"count": 3, "method": "random-shifting"},
     "mtl": {"count": 5, "method": "mtl"},
     "adam-outside": {"count": 5, "method": "reptile", "meta_optimizer": "adam", "meta_lr": 0.01},
-    "sampled": {"count": 5, "tasks_per_round": 2},
+    "sampled": {"count": 5, "tasks_per_round": 2, "rounds": 6},
     "sampled-accurate": {"count": 5, "tasks_per_round": 3, "method": "accurate", "renew": ("statistics",)},
 }
 
@@ -123,7 +123,7 @@ def test_ranks_equal_one_process(name: str, many: tuple[int, Path], one: Path) -
 @pytest.mark.parametrize("name", CASES)
 def test_metrics_are_gathered_from_all_ranks(name: str, many: tuple[int, Path], one: Path) -> None:
     said, alone = (json.loads((folder / name / "said.json").read_text()) for folder in (many[1], one))
-    assert len(said["rows"]) == 4
+    assert len(said["rows"]) >= 4
     for a, b in zip(said["rows"], alone["rows"], strict=True):
         assert a.keys() == b.keys()
         assert list(a["tasks"]) == list(b["tasks"])

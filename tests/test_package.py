@@ -35,3 +35,22 @@ def test_finetune_is_the_function_whatever_was_imported_before(first: str) -> No
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_the_library_needs_torch_numpy_and_safetensors_alone() -> None:
+    code = """
+import sys
+for name in ("pydantic", "yaml", "typer", "rich", "matplotlib", "scipy", "datasets", "PIL", "tensorboard"):
+    sys.modules[name] = None
+import trajshift, trajshift.checkpoint, trajshift.comparison, trajshift.data.huggingface, trajshift.evaluate
+import trajshift.models, trajshift.statistics
+from trajshift.data import digits_targets, digits_tasks
+model = lambda task: trajshift.models.build("conv", task, width=4, depth=1)
+trainer = trajshift.MetaTrainer(model, digits_tasks("parity"), horizon=2, rounds=1, batch_size=4)
+assert [event.step for event in trainer] == [1, 2]
+(target,) = digits_targets("six-to-nine").values()
+rows = trajshift.evaluate.evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
+assert 0.0 <= rows[0]["accuracy"] <= 1.0
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr

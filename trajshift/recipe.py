@@ -7,13 +7,10 @@ print(to_yaml(recipe))
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from trajshift.errors import UsageError, nearest
 from trajshift.presets import resolve
@@ -224,6 +221,8 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UsageError: a missing or malformed file, an unknown field, or a value that cannot be.
     """
+    from trajshift.yaml_text import read_yaml
+
     where = find(recipe)
     data = read_yaml(where.read_text(encoding="utf-8"), str(where))
     for override in overrides:
@@ -259,7 +258,9 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """Every field of the recipe as YAML that `load` reads back to an equal recipe."""
-    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    from trajshift.yaml_text import dump
+
+    return dump(asdict(recipe))
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -284,53 +285,6 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [key for key in {**before, **after} if before.get(key, missing) != after.get(key, missing)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML without anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping a recipe file holds.
-
-    Raises:
-        UsageError: not YAML, or no mapping at the top.
-    """
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{where} holds no mapping of fields; a recipe starts with lines such as method: reptile")
-    return data
-
-
-def parse_value(text: str) -> Any:
-    """The value of an override, read as YAML (`1e-3`, `true`, `null`, `[a, b]`, words)."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-
-
 def split_override(text: str) -> tuple[list[str], str]:
     """`key.path=value` as its path and its unread value."""
     path, equals, value = text.partition("=")
@@ -341,6 +295,8 @@ def split_override(text: str) -> tuple[list[str], str]:
 
 def _override(data: dict[str, Any], text: str) -> None:
     """Put one `key.path=value` into the plain mapping of a recipe."""
+    from trajshift.yaml_text import parse_value
+
     path, value = split_override(text)
     here = data
     for depth, key in enumerate(path[:-1]):

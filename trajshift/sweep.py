@@ -11,9 +11,10 @@ from typing import Any
 
 from trajshift.errors import UsageError
 from trajshift.pool import Job, cores, run_jobs
-from trajshift.recipe import Recipe, find, load, parse_value, split_override
+from trajshift.recipe import Recipe, find, load, split_override
 from trajshift.rundir import replace_file, run_name
 from trajshift.tables import console, print_table
+from trajshift.yaml_text import parse_value
 
 Point = tuple[tuple[str, str], ...]
 """One combination of the grid: (field, value as written), fields in alphabetical order."""
