@@ -226,8 +226,8 @@ def test_the_users_generator_is_untouched(method: str) -> None:
 
 
 @every_preset
-def test_what_theta_held_before_a_reset_has_no_effect(method: str) -> None:
-    clean, poisoned = (make(method, image_tasks(), horizon=3, rounds=3) for _ in range(2))
+def test_what_rows_held_before_a_reset_has_no_effect(method: str) -> None:
+    clean, poisoned = (make(method, image_tasks(), Optional, horizon=3, rounds=3) for _ in range(2))
     for _ in range(3):
         run(clean, 3)
         run(poisoned, 3)
