@@ -15,6 +15,7 @@ import pytest
 from trajshift import checkpoint
 from trajshift.cli import main
 from trajshift.demo import demo_jobs
+from trajshift.pool import Job, run_jobs
 from trajshift.progress import Progress, duration
 from trajshift.recipe import load
 from trajshift.rundir import RunDirectory, read_rows
@@ -104,6 +105,17 @@ def test_no_torch_is_imported(arguments: list[str], status: int) -> None:
 def test_module_and_version() -> None:
     done = subprocess.run([sys.executable, "-m", "trajshift", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("trajshift ")
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'trajshift', '--help'], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)"
+    )
+    seconds = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(2)]
+    assert min(seconds) < 0.7  # of the processor, which a busy machine does not lengthen much
 
 
 def test_methods_lists_all_with_references(trajshift: Command) -> None:
@@ -422,6 +434,17 @@ def test_sweep_chooses_and_goes_on(trajshift: Command, folder: Path) -> None:
     assert files(runs, "sweep.json") == before
     status, _, err = trajshift("sweep", "tiny.yaml", *grid, "inner.lr=0.1,0.2", "horizon=0", "--jobs", 1)
     assert (status, "horizon is 0" in err) == (2, True)
+
+
+def test_a_run_that_kills_its_process_fails_alone(folder: Path) -> None:
+    (folder / "own.py").write_text("import os\ndef leave(name): os._exit(9)\n")
+    quick = ("rounds=1", "horizon=1")
+    bad = Job(path=folder / "bad", recipe=load("tiny.yaml", ["tasks.a.source=own:leave", *quick]))
+    good = Job(path=folder / "good", recipe=load("tiny.yaml", quick))
+    failures = run_jobs([bad, good], workers=1, title="both", log=folder / "log.txt")
+    assert list(failures) == [folder / "bad"]
+    assert "status 9" in failures[folder / "bad"]
+    assert RunDirectory(folder / "good").is_complete(good.recipe)
 
 
 def test_demo_compares_whole_pipelines_with_equal_budgets(folder: Path) -> None:

@@ -26,14 +26,12 @@ CASES: dict[str, dict[str, Any]] = {
     "shifting-one-task": {"count": 1},
     "reptile": {"count": 5, "method": "reptile"},
     "accurate": {"count": 5, "method": "accurate"},
-    "accurate-one-task": {"count": 1, "method": "accurate"},
     "leap": {"count": 5, "method": "leap"},
     "leap-one-task": {"count": 1, "method": "leap"},
     "imaml": {"count": 3, "method": "imaml"},
-    "random-shifting": {"count": 3, "method": "random-shifting"},
     "mtl": {"count": 5, "method": "mtl"},
     "adam-outside": {"count": 5, "method": "reptile", "meta_optimizer": "adam", "meta_lr": 0.01},
-    "sampled": {"count": 5, "tasks_per_round": 2, "rounds": 6},
+    "sampled": {"count": 5, "tasks_per_round": 2, "rounds": 4},
     "sampled-accurate": {"count": 5, "tasks_per_round": 3, "method": "accurate", "renew": ("statistics",)},
 }
 

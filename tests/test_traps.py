@@ -24,7 +24,7 @@ from learners import (
 )
 from torch import Tensor, nn
 
-from trajshift import Task, UsageError
+from trajshift import Inner, Task, UsageError
 from trajshift.checkpoint import load, save
 from trajshift.errors import NonFiniteLoss
 from trajshift.metagrad import LastGradient, MetaGradient
@@ -141,6 +141,38 @@ def test_passes_touch_no_statistics_counters_or_generator() -> None:
     after = [buffer for learner in trainer.learners for buffer in learner.module.buffers()]
     assert all(a is b for a, b in zip(buffers, after, strict=True))
     assert all(p.grad is None for learner in trainer.learners for p in learner.module.parameters())
+
+
+def test_a_pass_on_the_last_training_batch_sees_what_the_step_saw() -> None:
+    model = partial(ConvNet, dropout=0.4)
+    trainer = make("fomaml", image_tasks(), model, inner=Inner(lr=1e-300))  # theta stays where it is
+    for _ in range(3):
+        event = trainer.advance()
+    followed = trainer.roster.gradients.clone()
+    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, None)
+    assert torch.equal(probe.losses(), event.losses)
+    assert torch.equal(probe.gradients_at_end("train"), followed)
+
+
+def test_dropout_draws_follow_seed_task_and_step() -> None:
+    masks: dict[int, list[bytes]] = {}
+
+    def model(task: Task, seed: int) -> nn.Module:
+        module = ConvNet(task, dropout=0.5)
+        hook = lambda part, inputs, out: masks[seed].append((out == 0).numpy().tobytes())  # noqa: E731
+        module.body[5].register_forward_hook(hook)
+        return module
+
+    for seed in (0, 1):
+        masks[seed] = []
+        tasks = [Task(name=name, train=image_data(5, 2), outputs=2) for name in ("a", "b")]
+        run(make("accurate", tasks, partial(model, seed=seed), seed=seed, horizon=3, rounds=1))
+        # Steps 1, 1 2, 1 2 3 of both tasks: what a replay draws is what was drawn before.
+        (a1, b1), replayed, (a2, b2) = masks[seed][:2], masks[seed][2:4], masks[seed][4:6]
+        assert replayed == [a1, b1]
+        assert masks[seed][6:10] == [a1, b1, a2, b2]
+        assert len({a1, b1, a2, b2}) == 4
+    assert not set(masks[0]) & set(masks[1])
 
 
 def test_a_pass_that_fails_puts_everything_back() -> None:

@@ -151,14 +151,17 @@ def load_state_tensors(
     """The inverse of `state_tensors`; replaces all state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_name = dict(zip(names, parameters, strict=True))
+    steps_on_device = any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
     optimizer.state.clear()
     for label, tensor in tensors.items():
         name, key = label.rsplit("/", 1)
         parameter = by_name[name]
-        if tensor.shape == parameter.shape:  # keeps the strides that the optimizer would have chosen
+        if key == "step" and not steps_on_device:  # PyTorch's rule: it is read on the CPU
+            value = tensor.clone()
+        elif tensor.shape == parameter.shape:  # keeps the strides that the optimizer would have chosen
             value = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
         else:
-            value = tensor.clone()
+            value = tensor.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
     for label, number in numbers.items():
         name, key = label.rsplit("/", 1)

@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+    from rich.text import Text
 
 PLAIN_EVERY = 10.0
 """Seconds between plain lines where the output is no terminal."""
@@ -29,6 +31,8 @@ class Progress:
         self._remark = ""
         self._bar: Bar | None = None
         self._id: TaskID
+        self._live: Live
+        self._below: Text
 
     def __enter__(self) -> Progress:
         if self.enabled and sys.stderr.isatty():
@@ -36,30 +40,30 @@ class Progress:
         return self
 
     def _open_bar(self) -> None:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
 
-        columns = (
+        self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]} steps/s"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[remark]}"),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=False)
-        self._bar.start()
-        self._id = self._bar.add_task(
-            self.title, total=self.total, completed=self.step, rate="-", remark="", visible=True
-        )
+        self._id = self._bar.add_task(self.title, total=self.total, completed=self.step, rate="-")
+        self._below = Text(style="dim")
+        self._live = Live(Group(self._bar, self._below), console=Console(stderr=True), refresh_per_second=4)
+        self._live.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
             self._refresh()
-            self._bar.stop()
+            self._live.stop()
             self._bar = None
         elif self.enabled and self.step > self._first:
             print(self.line(), file=sys.stderr, flush=True)
@@ -88,15 +92,14 @@ class Progress:
         if not self.enabled:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._live.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def _refresh(self) -> None:
         assert self._bar is not None
-        self._bar.update(
-            self._id, completed=self.step, total=self.total, rate=f"{self.rate():.3g}", remark=self._remark
-        )
+        self._bar.update(self._id, completed=self.step, total=self.total, rate=f"{self.rate():.3g}")
+        self._below.plain = self._remark
 
     def line(self) -> str:
         """One plain line: steps, rate, time left, losses."""
