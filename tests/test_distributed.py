@@ -27,10 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "reptile": {"count": 5, "method": "reptile"},
     "accurate": {"count": 5, "method": "accurate"},
     "leap": {"count": 5, "method": "leap"},
-    "leap-one-task": {"count": 1, "method": "leap"},
     "imaml": {"count": 3, "method": "imaml"},
     "mtl": {"count": 5, "method": "mtl"},
-    "adam-outside": {"count": 5, "method": "reptile", "meta_optimizer": "adam", "meta_lr": 0.01},
     "sampled": {"count": 5, "tasks_per_round": 2, "rounds": 4},
     "sampled-accurate": {"count": 5, "tasks_per_round": 3, "method": "accurate", "renew": ("statistics",)},
 }

@@ -187,9 +187,9 @@ def edges(result: Result, results: Sequence[Result]) -> list[str]:
 def _print(
     results: Sequence[Result], choices: Mapping[str, Result], grid: Mapping[str, Sequence[str]], folder: Path
 ) -> None:
-    fields = [field for field in grid if field != REPEATS]
+    fields = sorted((field for field in grid if field != REPEATS), key=lambda field: field != "method")
     rows = []
-    for result in results:
+    for result in sorted(results, key=lambda result: dict(result.point).get("method", "")):
         point = dict(result.point)
         best = "best" if result in choices.values() else ""
         value = "failed" if result.value is None else _show(result.value)
