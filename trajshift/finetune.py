@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from trajshift.data.batches import TaskBatches
-from trajshift.data.hashing import generator_seed, key
+from trajshift.data.hashing import key, seed_generators
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
 from trajshift.data.stream import Stream
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
@@ -311,7 +311,7 @@ def _recalibrate(module: nn.Module, task: Task, parts: Sequence[Any], batches: T
     count = min(-(-batches.size // batches.batch_size), CALIBRATION_BATCHES)
     with torch.no_grad():
         for step in range(count):
-            torch.manual_seed(generator_seed(key(batches.seed, batches.name, "recalibrate", step)))
+            seed_generators(key(batches.seed, batches.name, "recalibrate", step), batches.device)
             task.compute_loss(module, batches.train(step))
     for part, momentum in zip(parts, momenta, strict=True):
         part.momentum = momentum
@@ -346,7 +346,7 @@ class _Training:
 
     def _step(self, optimizer: Optimizer, step: int) -> None:
         batch = self.batches.train(step)
-        torch.manual_seed(generator_seed(key(self.seed, self.task.name, "forward", step)))
+        seed_generators(key(self.seed, self.task.name, "forward", step), self.batches.device)
         optimizer.zero_grad(set_to_none=True)
         loss = self.task.compute_loss(self.module, batch)
         loss.backward()

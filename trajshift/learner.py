@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trajshift.data.batches import TaskBatches
-from trajshift.data.hashing import generator_seed, key
+from trajshift.data.hashing import key, seed_generators
 from trajshift.errors import UsageError
 from trajshift.inner import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
 from trajshift.task import Batch, Task
@@ -31,7 +31,7 @@ def seeded(draw: int, device: torch.device) -> Iterator[None]:
     """Runs a block under the global generators seeded by a key; they are put back afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(generator_seed(draw))
+        seed_generators(draw, device)
         yield
 
 
@@ -278,7 +278,7 @@ class Learner:
         step is reached. With `shared` False only the task's own parameters get gradients.
         """
         batch = self.batches.train(step)
-        torch.manual_seed(generator_seed(key(self.seed, self.task.name, "forward", step)))
+        seed_generators(key(self.seed, self.task.name, "forward", step), self.device)
         loss = self.forward(batch, autocast)
         loss.backward(inputs=None if shared else list(self.own.values()))
         return loss.detach()

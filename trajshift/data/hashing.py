@@ -30,6 +30,15 @@ def generator_seed(key: int) -> int:
     return key & (2**63 - 1)
 
 
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seeds the global generators that a pass on `device` draws from."""
+    if device.type == "cpu":
+        # torch.manual_seed formats a stack trace for each absent kind of accelerator: a fifth of a small step
+        torch.default_generator.manual_seed(generator_seed(key))
+    else:
+        torch.manual_seed(generator_seed(key))
+
+
 def _mix(word: Tensor) -> Tensor:
     word = word & _MASK
     word = ((word ^ (word >> 16)) * _MULTIPLIER_1) & _MASK
