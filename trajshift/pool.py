@@ -183,6 +183,8 @@ class _Worker(threading.Thread):
             process.stdout.close()
             with suppress(OSError):
                 process.stdin.close()
+            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+                return "its process was told to stop; give the same command again to go on"
             return f"its process ended with status {status}; see {self._log.name}"
         failure: str | None = json.loads(answer)["failure"]
         return failure

@@ -28,7 +28,7 @@ def main() -> None:
         failure: str | None = None
         try:
             if not do(json.loads(line)):
-                break
+                sys.exit(128 + signal.SIGTERM)
         except UsageError as error:
             failure = str(error)
         except Exception as error:
