@@ -129,8 +129,7 @@ def evaluate_runs(
     return [labelled(found[index], job.path, labels) for index, job in enumerate(jobs)]
 
 
-# -- what is to be done
-# ----------------------------------------------------------------------------------------
+# -- what is to be done ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,8 +210,7 @@ def _setting(recipe: Recipe, section: str, name: str) -> str:
     return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# -- what is there
-# ---------------------------------------------------------------------------------------------
+# -- what is there ---------------------------------------------------------------------------------------------
 
 
 def _valid_rows(path: Path) -> dict[tuple[Any, ...], Row]:

@@ -180,7 +180,7 @@ def build_module(
             "the model is not known: an initialization read from a file needs model=, the factory it was learned with"
         )
     head = head or list(getattr(initialization, "about", {}).get("heads", ())) or None
-    factory = as_factory(model, head if isinstance(head, str) or head is None else head[0])
+    factory = as_factory(model, head)
     if initialization is not None and dtype is None:
         dtype = next((tensor.dtype for tensor in initialization.values() if tensor.is_floating_point()), None)
     module = fresh_module(factory, task, head_key(seed, task.name)).to(dtype=dtype)

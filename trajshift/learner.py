@@ -35,14 +35,15 @@ def seeded(draw: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def as_factory(model: Factory | nn.Module, head: str | None) -> Factory:
-    """A model factory; a plain module is copied for each task and gets a fresh head of the task's size.
+def as_factory(model: Factory | nn.Module, heads: str | Sequence[str] | None) -> Factory:
+    """A model factory; a plain module is copied for each task and gets a fresh head (the first named) of its size.
 
     Raises:
         UsageError: a module without a head's name, or a head that cannot be resized.
     """
     if not isinstance(model, nn.Module):
         return model
+    head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
     if head is None:
         raise UsageError("a module was given as the model: name its head, for instance head='fc'")
     try:

@@ -228,8 +228,8 @@ class MetaTrainer:
         self.roster.check()
         if self.roster.assign(self.round):
             self.tally.seat(self.roster.names)
-        for learner in self.learners:
-            if self.step > 0:
+        if self.step > 0:
+            for learner in self.learners:
                 learner.renew(self.renew, self.round)
         if self.method.carry == "replay":
             self.roster.snapshot()

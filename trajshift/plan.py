@@ -84,8 +84,7 @@ def plan_model(
     initialization: Mapping[str, Tensor] | None, device: torch.device,
 ) -> tuple[Blueprint, Tensor]:  # fmt: skip
     """What the tasks share, and the first phi on the device."""
-    one_head = head if isinstance(head, str) else next(iter(head or ()), None)
-    blueprint = Blueprint.inspect(as_factory(model, one_head), tasks, head, shared, seed)
+    blueprint = Blueprint.inspect(as_factory(model, head), tasks, head, shared, seed)
     blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
     phi = blueprint.phi.to(device, copy=True)
     if initialization is not None:

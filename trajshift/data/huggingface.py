@@ -165,23 +165,23 @@ def _split(what: str | Path, splits: Mapping[str, Any], name: str) -> Any:
 
 def _image_column(what: str | Path, split: Any, wanted: str | None) -> str:
     found = [name for name, kind in split.features.items() if isinstance(kind, _datasets().Image)]
-    if wanted is None and len(found) == 1:
-        return str(found[0])
-    if wanted not in split.column_names:
-        said = f"no column {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
-        raise UsageError(f"{what} has {said}; set image to one of {', '.join(found or split.column_names)}")
-    return str(wanted)
+    return _one_column(what, split, wanted, found, "image")
 
 
 def _label_column(what: str | Path, split: Any, wanted: str | None) -> str:
     found = [name for name, kind in split.features.items() if isinstance(kind, _datasets().ClassLabel)]
     if wanted is None and not found:
         found = [name for name in _LABELS if name in split.column_names][:1]
+    return _one_column(what, split, wanted, found, "label")
+
+
+def _one_column(what: str | Path, split: Any, wanted: str | None, found: list[str], option: str) -> str:
+    """The column the user names, else the only one found."""
     if wanted is None and len(found) == 1:
         return str(found[0])
     if wanted not in split.column_names:
-        said = f"no column {wanted!r}" if wanted else f"{len(found) or 'no'} columns of labels"
-        raise UsageError(f"{what} has {said}; set label to one of {', '.join(found or split.column_names)}")
+        said = f"no column {wanted!r}" if wanted else f"{len(found) or 'no'} columns of {option}s"
+        raise UsageError(f"{what} has {said}; set {option} to one of {', '.join(found or split.column_names)}")
     return str(wanted)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from trajshift.data.hashing import generator_seed, permutation
+from trajshift.data.hashing import permutation, seed_generators
 from trajshift.data.preparation import image_tensor, prepare_images
 from trajshift.errors import UsageError
 
@@ -176,8 +176,7 @@ def seeded(draw: int) -> Iterator[None]:
     """The CPU generators of torch, numpy and `random` as `draw` says, and afterwards as they were."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        # Not torch.manual_seed, which would also reseed the accelerators.
-        torch.default_generator.manual_seed(generator_seed(draw))
+        seed_generators(draw, torch.device("cpu"))  # the accelerators' stay as they are
         np.random.seed(draw & 0xFFFFFFFF)
         random.seed(draw)
         yield
