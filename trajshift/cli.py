@@ -12,6 +12,7 @@ import typer
 
 from trajshift import __version__
 from trajshift.errors import UsageError
+from trajshift.experiments.cli import app as experiments
 
 app = typer.Typer(
     name="trajshift",
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(experiments, name="experiment")
 
 RecipeOrRun = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, a built-in recipe, or a run directory.")

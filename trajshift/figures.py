@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): told apart with any colour vision and, with the markers, in grey print. Yellow is left
 # out.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#767676"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#767676"
 _BINS = 150
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -52,24 +52,24 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each method, the same in every figure; scratch is grey and dashed."""
     found: dict[str, dict[str, Any]] = {}
     for index, label in enumerate(name for name in labels if name != SCRATCH):
-        turn = index // len(_COLOURS)
+        turn = index // len(COLOURS)
         found[label] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
             "linestyle": ("-", "--", ":")[turn % 3],
         }
-    found[SCRATCH] = {"color": _GREY, "marker": "x", "linestyle": "--"}
+    found[SCRATCH] = {"color": GREY, "marker": "x", "linestyle": "--"}
     return found
 
 
 _Drawing = TypeVar("_Drawing", bound=Callable[..., Any])
 
 
-def _styled(draw: _Drawing) -> _Drawing:
+def styled(draw: _Drawing) -> _Drawing:
     """Runs a drawing function under `_STYLE`, and says what to install where matplotlib is missing."""
 
     @functools.wraps(draw)
-    def styled(*arguments: Any, **options: Any) -> Any:
+    def drawn(*arguments: Any, **options: Any) -> Any:
         try:
             import matplotlib
         except ImportError:
@@ -77,10 +77,10 @@ def _styled(draw: _Drawing) -> _Drawing:
         with matplotlib.rc_context(_STYLE):
             return draw(*arguments, **options)
 
-    return styled  # type: ignore[return-value]
+    return drawn  # type: ignore[return-value]
 
 
-@_styled
+@styled
 def comparison_figure(summary: Summary, styles: Looks) -> Figure:
     """Per target and on average: mean and 95% interval of each method; dots are the seeds behind the average."""
     average = len(summary.targets) > 1
@@ -106,7 +106,7 @@ def comparison_figure(summary: Summary, styles: Looks) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def curve_figure(
     panels: Mapping[str, Sequence[Curve]],
     styles: Looks,
@@ -136,14 +136,14 @@ def curve_figure(
         axis.set_xlabel(xlabel)
     for axis in axes[:: _columns(len(panels))]:
         axis.set_ylabel(_unit(metric))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 Series = tuple[Sequence[float], Sequence[float]]
 
 
-@_styled
+@styled
 def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles: Looks, *, ylabel: str) -> Figure:
     """One panel per task: a quantity logged in training against inner steps, a line per method.
 
@@ -168,7 +168,7 @@ def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles
         if index + columns >= len(axes):
             axis.set_xlabel("inner steps per task")
             axis.tick_params(labelbottom=True)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -240,7 +240,8 @@ def _log_axis(axis: Axes, places: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend below all panels, scratch last."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     labels = sorted(handles, key=lambda label: label == SCRATCH)
     columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))

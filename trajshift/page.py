@@ -87,6 +87,10 @@ class Page:
             f"<details><summary>{escape(summary)}</summary><pre><code>{escape(text)}</code></pre></details>"
         )
 
+    def raw(self, html: str) -> None:
+        """A trusted piece of HTML, put in as it is."""
+        self._parts.append(html)
+
     def html(self) -> str:
         """The whole page."""
         head = (
