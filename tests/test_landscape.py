@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trajshift import Inner, MetaTrainer, UsageError
 from trajshift.experiments.landscape import OFFERED, fates, grid, quality_map, run, stack, tasks, template, updates
+from trajshift.experiments.landscape.resting import clusters, optima
 from trajshift.experiments.landscape.surface import ANGLES, VARIANTS, Point
 from trajshift.presets import METHODS
 
@@ -142,7 +143,7 @@ def test_the_twin_is_the_loop(method: str) -> None:
         ("leap", {"carry": "shift", "meta_every": 2}),
         ("reptile", {"carry": "replay", "meta_every": 4}),
         ("fomaml", {"batch": "heldout"}),
-        ("fomaml", {"carry": "random", "meta_every": 2}),
+        ("reptile", {"carry": "random", "meta_every": 2}),
     ],
 )
 def test_mixes_of_the_four_choices_are_those_of_the_loop(method: str, choices: dict[str, Any]) -> None:
@@ -156,6 +157,21 @@ def test_mixes_of_the_four_choices_are_those_of_the_loop(method: str, choices: d
 def test_the_twin_is_the_loop_at_the_papers_horizon(method: str) -> None:
     phi, _ = trained(method, STARTS[1], horizon=100, rounds=2)
     torch.testing.assert_close(run(method, STARTS[1:2], rounds=2).phi[:, 0], phi, rtol=0.0, atol=1e-9)
+
+
+def test_published_optima_at_the_long_horizon_are_87_points_in_13_clusters() -> None:
+    found = optima(100)
+    assert (len(found.points), found.cluster_count) == (87, 13)
+    assert sum(found.fates.values()) == 41 * 41
+    assert found.fates["settled"] == 87
+    assert found.fates["unfinished"] == 0
+    assert len(optima(5).clusters.unique()) < 13
+
+
+def test_clusters_are_chains_of_neighbours() -> None:
+    points = [[0.0, 0.0], [3.0, 0.0], [0.04, 0.0], [0.08, 0.0], [3.0, 0.03]]
+    assert clusters(torch.tensor(points), 0.05).tolist() == [0, 1, 0, 0, 1]
+    assert len(clusters(torch.zeros(0, 2), 0.05)) == 0
 
 
 def test_replays_are_counted() -> None:

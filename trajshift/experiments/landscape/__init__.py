@@ -9,6 +9,7 @@ quality = quality_map(ours.phi[-1], 101, 0.1, tasks=tasks(seed=1))[:, 100]
 """
 
 from trajshift.experiments.landscape.quality import quality_map
+from trajshift.experiments.landscape.resting import Optima, optima
 from trajshift.experiments.landscape.surface import DOMAIN, Landscape, grid, stack, tasks, template
 from trajshift.experiments.landscape.twin import OFFERED, Fates, Run, fates, run, updates
 
@@ -17,9 +18,11 @@ __all__ = [
     "OFFERED",
     "Fates",
     "Landscape",
+    "Optima",
     "Run",
     "fates",
     "grid",
+    "optima",
     "quality_map",
     "run",
     "stack",

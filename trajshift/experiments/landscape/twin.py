@@ -12,14 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trajshift import metagrad as metagrads
-from trajshift.data.hashing import key, normal
+from trajshift.data.hashing import bits, key
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape import surface
 from trajshift.experiments.landscape.surface import DOMAIN, Landscape, as_points
@@ -39,6 +39,7 @@ OFFERED = (
 )
 """Presets that mean something in the plane."""
 _ROW = Layout({"theta": torch.zeros(2, dtype=torch.float64)}).size
+"""P of a point in the core, padding included: its draws depend on it."""
 
 
 class Update(NamedTuple):
@@ -202,9 +203,18 @@ class _Twin:
 
     def _directions(self) -> Tensor:
         """The core's own draws, one unit vector for each task and the same for all starts: `[2, T, ..., 1]`."""
-        draws = [normal(key(self.seed, name, "direction", self.step), _ROW) for name in self.landscape.names]
-        towards = torch.stack(draws, dim=1)[:2].to(torch.float64)
+        keys = [key(self.seed, name, "direction", self.step) for name in self.landscape.names]
+        towards = _normals(keys)
         return (towards / torch.linalg.vector_norm(towards, dim=0)).view(2, *self.landscape.angles.shape, 1)
+
+
+def _normals(keys: list[int]) -> Tensor:
+    """The first two numbers of `normal(key, P)` for many keys at once: `[2, keys]`."""
+    signed = torch.tensor([one - 2**64 if one >= 2**63 else one for one in keys])  # the same 64 bits
+    half = _ROW // 2
+    words = bits(cast(int, signed), torch.tensor([[0], [1], [half], [half + 1]])).to(torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log((words[:2] + 1.0) * 2.0**-32))
+    return radius * torch.cos(words[2:] * (2.0 * math.pi * 2.0**-32))
 
 
 class _Probe:
