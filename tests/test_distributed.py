@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajshift import MetaTrainer, Task, checkpoint
 from trajshift.distributed import World, balance, set_threads
 from trajshift.errors import UsageError
+from trajshift.gauge import Gauge
 
 SAVED = 6
 """Step of the checkpoint, in the middle of the second round."""
@@ -27,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reptile": {"count": 5, "method": "reptile"},
     "accurate": {"count": 5, "method": "accurate"},
     "leap": {"count": 5, "method": "leap"},
+    "gauged": {"count": 5, "error_every": 2},
     "imaml": {"count": 3, "method": "imaml"},
     "mtl": {"count": 5, "method": "mtl"},
     "sampled": {"count": 5, "tasks_per_round": 2, "rounds": 4},
@@ -36,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make(name: str) -> MetaTrainer:
     options = dict(CASES[name])
+    if every := options.pop("error_every", None):
+        options["gauge"] = Gauge.every(every, toys.HORIZON)
     return toys.trainer(toys.tasks(options.pop("count")), **options)
 
 
@@ -123,8 +127,11 @@ def test_metrics_are_gathered_from_all_ranks(name: str, many: tuple[int, Path], 
     for a, b in zip(said["rows"], alone["rows"], strict=True):
         assert a.keys() == b.keys()
         assert list(a["tasks"]) == list(b["tasks"])
-        for key in a.keys() - {"tasks", "meta_update_norm"}:
+        for key in a.keys() - {"tasks", "meta_update_norm", "approximation_errors"}:
             assert a[key] == b[key], key
+        for mine, expected in zip(*(row.get("approximation_errors", []) for row in (a, b)), strict=True):
+            assert mine.pop("task") == expected.pop("task")
+            assert mine == pytest.approx(expected, rel=1e-9)
         assert a["meta_update_norm"] == pytest.approx(b["meta_update_norm"], rel=1e-9, abs=1e-10)
         for task, values in a["tasks"].items():
             assert values == pytest.approx(b["tasks"][task], rel=1e-9, abs=1e-10)

@@ -21,7 +21,7 @@ TINY = [
     "output.log_every=3", "output.checkpoint_every=4", "output.tensorboard=false",
 ]  # fmt: skip
 METHODS = {
-    "shifting": ["inner.schedule=cosine"],
+    "shifting": ["inner.schedule=cosine", "output.error_every=2"],
     "accurate": ["method=accurate", "horizon=3", "rounds=8", "inner.optimizer=adam", "inner.lr=0.001"],
     "sampled": ["method=leap", "tasks_per_round=2", "renew=[statistics]", "meta.optimizer=adam", "meta_lr=0.01"],
 }

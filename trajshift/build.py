@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from trajshift import models
+from trajshift.carry import Carry
 from trajshift.data.batches import TaskBatches
 from trajshift.data.digits import load_digits
 from trajshift.data.hashing import key
 from trajshift.data.images import image_task
 from trajshift.data.sources import ImageData, class_balanced_subset, load_npz, subset
 from trajshift.errors import UsageError, nearest
+from trajshift.gauge import Gauge
 from trajshift.importing import load_object
 from trajshift.initialization import load_initialization
 from trajshift.inner import Inner
@@ -51,7 +53,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         rounds=recipe.rounds,
         meta_lr=recipe.meta_lr,
         meta_every=recipe.meta_every,
-        carry=recipe.carry,
+        carry=_carry(recipe.carry),
         adapt=recipe.adapt,
         metagrad=recipe.metagrad,
         batch=recipe.batch,
@@ -79,7 +81,25 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         device=device(recipe.device),
         grad_clip=recipe.grad_clip,
         autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
+        gauge=None if recipe.output.error_every is None else Gauge.every(recipe.output.error_every, recipe.horizon),
     )
+
+
+def _carry(name: str | None) -> str | Carry | None:
+    """A carry by name, or made by the user's own function or class.
+
+    Raises:
+        UsageError: what an import path names makes no `Carry`.
+    """
+    if name is None or ":" not in name:
+        return name
+    try:
+        made = load_object(name, "carry")()
+    except TypeError as error:
+        raise UsageError(f"carry {name!r} could not be called without arguments: {error}") from error
+    if not isinstance(made, Carry):
+        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.carry.Carry")
+    return made
 
 
 def device(name: str) -> torch.device:

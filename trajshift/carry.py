@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trajshift.data.hashing import key, normal
+from trajshift.errors import UsageError
 
 if TYPE_CHECKING:
     from trajshift.loop import MetaTrainer
+
+
+class Carry:
+    """Base of all carries. One of the user's own moves `trainer.theta` and may keep state within a trajectory."""
+
+    needs_gradients = False
+    """Whether `trainer.roster.gradients` `[T, P]` must hold the gradients of the last inner step."""
+
+    def begin(self, trainer: MetaTrainer) -> None:
+        """A trajectory starts: all rows of theta equal phi."""
+
+    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+        """phi has moved by delta `[P]`, `trainer.k` inner steps into the trajectory."""
+        raise UsageError(f"{type(self).__name__} defines no __call__(); a carry must")
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors whose first dimension is T, for a checkpoint inside a trajectory."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`, after `begin`."""
+
+
+class _Stateless(Carry):
+    """A carry that is a function of trainer and delta."""
+
+    def __init__(self, move: Callable[[MetaTrainer, Tensor], None]) -> None:
+        self._move = move
+
+    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+        self._move(trainer, delta)
 
 
 def shift(trainer: MetaTrainer, delta: Tensor) -> None:
@@ -46,4 +79,6 @@ def replay(trainer: MetaTrainer, delta: Tensor) -> None:
     trainer.replay()
 
 
-CARRIES = {"shift": shift, "hold": hold, "random": random, "replay": replay}
+CARRIES: dict[str, Carry] = {
+    name: _Stateless(move) for name, move in (("shift", shift), ("hold", hold), ("random", random), ("replay", replay))
+}

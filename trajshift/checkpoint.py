@@ -22,6 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trajshift.errors import UsageError
+from trajshift.gauge import joined
 
 if TYPE_CHECKING:
     from trajshift.loop import MetaTrainer
@@ -69,12 +70,14 @@ def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, An
     tensors = {f"phi/{name}": view for name, view in trainer.layout.views(trainer.phi).items()}
     tensors |= {f"outer/{name}": tensor for name, tensor in outer.items()}
     tensors["update_norm"] = trainer.tally.update_norm
-    gathered = trainer.world.gather((dict(trainer.tally.counts), list(trainer.roster.names)))
+    readings = trainer.gauge.rows() if trainer.gauge is not None else []
+    gathered = trainer.world.gather((dict(trainer.tally.counts), list(trainer.roster.names), readings))
     return tensors, {
         "step": trainer.step,
         "inner_steps": trainer.tally.inner_steps,
-        "counts": dict(sorted(sum((Counter(counts) for counts, _ in gathered), Counter()).items())),
-        "seated": sorted(name for _, names in gathered for name in names),
+        "counts": dict(sorted(sum((Counter(counts) for counts, _, _ in gathered), Counter()).items())),
+        "seated": sorted(name for _, names, _ in gathered for name in names),
+        "readings": joined(rows for _, _, rows in gathered),
         "outer": numbers,
     }
 
@@ -94,6 +97,7 @@ def _task_state(trainer: MetaTrainer, name: str) -> tuple[dict[str, Tensor], dic
         views = trainer.layout.views(trainer.theta[row])
         tensors |= {f"theta/{label}": view for label, view in views.items()}
         tensors |= {f"metagrad/{label}": state[row] for label, state in trainer.metagrad.state().items()}
+        tensors |= {f"carry/{label}": state[row] for label, state in trainer.carry.state().items()}
     if trainer.k and name in roster.snapshots:
         kept, kept_numbers = roster.snapshots[name]
         tensors |= {f"snapshot/{label}": tensor for label, tensor in kept.items()}
@@ -271,11 +275,11 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
         _load_row(trainer, row, states[learner.task.name], tasks[learner.task.name]["numbers"])
     if trainer.k:
         trainer.metagrad.begin(trainer.theta)
-        rows = [_strip(states[learner.task.name], "metagrad/") for learner in trainer.learners]
+        trainer.carry.begin(trainer)
+        rows = [states[name] for name in trainer.roster.names]
         if rows:
-            trainer.metagrad.load(
-                {label: torch.stack([row[label] for row in rows]).to(trainer.device) for label in rows[0]}
-            )
+            trainer.metagrad.load(_stacked(rows, "metagrad/", trainer.device))
+            trainer.carry.load(_stacked(rows, "carry/", trainer.device))
     trainer.world.same(trainer.initialization.digest(), f"phi of the checkpoint of step {trainer.step}")
     extra: dict[str, Any] = manifest["extra"]
     return extra
@@ -297,6 +301,8 @@ def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> N
     trainer.tally.update_norm = shared["update_norm"].to(trainer.device)
     trainer.tally.inner_steps = numbers["inner_steps"]
     trainer.tally.counts = Counter(numbers["counts"] if trainer.world.rank == 0 else {})
+    if trainer.gauge is not None:
+        trainer.gauge.load(numbers.get("readings", ()) if trainer.world.rank == 0 else ())
 
 
 def _load_row(trainer: MetaTrainer, row: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -309,6 +315,12 @@ def _load_row(trainer: MetaTrainer, row: int, tensors: dict[str, Tensor], number
         trainer.layout.flatten(_strip(tensors, "theta/"), out=trainer.theta[row])
     if "snapshot" in numbers:
         trainer.roster.snapshots[learner.task.name] = (_strip(tensors, "snapshot/"), numbers["snapshot"])
+
+
+def _stacked(states: list[dict[str, Tensor]], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """What the learners saved under the prefix, `[T, ...]` by label."""
+    rows = [_strip(tensors, prefix) for tensors in states]
+    return {label: torch.stack([row[label] for row in rows]).to(device) for label in rows[0]}
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajshift.carry import CARRIES
+from trajshift.carry import Carry
 from trajshift.distributed import World
 from trajshift.errors import UsageError
+from trajshift.gauge import Gauge, joined
 from trajshift.initialization import Initialization
 from trajshift.inner import Inner
 from trajshift.learner import Factory, Learner
@@ -65,7 +66,8 @@ class MetaTrainer:
         horizon: K, inner steps between resets.
         rounds: M, trajectories per task.
         meta_lr: beta; None takes the method's default.
-        meta_every, carry, adapt, metagrad, batch: replace the preset's choices. metagrad may be an instance.
+        meta_every, carry, adapt, metagrad, batch: replace the preset's choices. metagrad
+            and carry may be objects.
         metagrad_options: arguments of the meta-gradient by name (Leap's norm, iMAML's strength, ...).
         inner: the inner optimizer.
         meta_optimizer: None for the plain step, or a `torch.optim` class by name or callable on phi.
@@ -83,6 +85,7 @@ class MetaTrainer:
         device: where everything lives.
         grad_clip: largest gradient norm of a task in an inner step.
         autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
+        gauge: measures the shift's approximation error meanwhile; None does not.
 
     Raises:
         UsageError: whatever does not fit, in one sentence.
@@ -98,7 +101,7 @@ class MetaTrainer:
         rounds: int = 200,
         meta_lr: float | None = None,
         meta_every: int | None = None,
-        carry: str | None = None,
+        carry: str | Carry | None = None,
         adapt: str | None = None,
         metagrad: str | MetaGradient | None = None,
         batch: str | None = None,
@@ -118,6 +121,7 @@ class MetaTrainer:
         device: str | torch.device = "cpu",
         grad_clip: float | None = None,
         autocast: torch.dtype | None = None,
+        gauge: Gauge | None = None,
     ) -> None:
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; use at least 1")
@@ -131,8 +135,9 @@ class MetaTrainer:
         self.inner = inner or Inner(options={"momentum": 0.9})
         self.grad_clip = grad_clip
         self.autocast = autocast
+        self.gauge = gauge
         self.renew = plan_renew(renew)
-        self.method, self.metagrad = plan_method(
+        self.method, self.metagrad, self.carry = plan_method(
             method, horizon=horizon, metagrad=metagrad, options=dict(metagrad_options or {}),
             meta_every=meta_every, carry=carry, adapt=adapt, batch=batch,
         )  # fmt: skip
@@ -150,7 +155,8 @@ class MetaTrainer:
             listed, self.blueprint, self.inner, self.world,
             seed=seed, batch_size=batch_size, tasks_per_round=tasks_per_round,
             heldout=heldout if self.metagrad.needs_heldout else 0.0,
-            adapt_shared=self.method.adapt == "all", keep_gradients=self.metagrad.needs_gradients,
+            adapt_shared=self.method.adapt == "all",
+            keep_gradients=self.metagrad.needs_gradients or self.carry.needs_gradients,
             workers=workers, device=self.device,
         )  # fmt: skip
         self.step = 0
@@ -214,11 +220,13 @@ class MetaTrainer:
             if self.k == 0:
                 self._reset()
             losses = self._inner_step()
+            if self.gauge is not None:
+                self.gauge.look(self)
             due = self.k % (self.method.meta_every or 1) == 0
             if due:
                 delta = self._meta_update()
                 if self.k != 0:
-                    CARRIES[self.method.carry](self, delta)
+                    self.carry(self, delta)
                     self.metagrad.carried(self.theta)
         round, k = divmod(self.step - 1, self.horizon)
         return Event(self.step, round, k + 1, self.tally.inner_steps, self.roster.names, losses, due)
@@ -232,7 +240,10 @@ class MetaTrainer:
             for learner in self.learners:
                 learner.renew(self.renew, self.round)
         if self.method.carry == "replay":
-            self.roster.snapshot()
+            self.roster.snapshot(self.roster.names)
+        elif self.gauge is not None:
+            self.roster.snapshot(self.gauge.chosen(self, self.round))
+        self.carry.begin(self)
         self._begin()
 
     def _begin(self) -> None:
@@ -241,27 +252,28 @@ class MetaTrainer:
 
     def _inner_step(self) -> Tensor:
         """theta_k <- theta_{k-1} - alpha grad L_k(theta_{k-1}) for every task; the losses `[T]`."""
-        lr = self.inner.lr_at(self.k / self.horizon)
         if self.method.joint:
-            self.outer.lr = lr
-        ends = (self.k + 1) % (self.method.meta_every or 1) == 0
-        shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
-        losses = [self._step_of(learner, lr, shared) for learner in self.learners]
+            self.outer.lr = self.inner.lr_at(self.k / self.horizon)
+        losses = [self.step_of(learner, self.step) for learner in self.learners]
         self.step += 1
         losses_T = torch.stack(losses) if losses else self.theta.new_zeros(0)
         self.tally.inner_step(losses_T, self.theta, self.step)
         self.metagrad.observe(self.theta, losses_T, self.roster.gradients)
         return losses_T
 
-    def _step_of(self, learner: Learner, lr: float, shared: bool) -> Tensor:
-        loss = learner.backward(self.step, autocast=self.autocast, shared=shared)
+    def step_of(self, learner: Learner, step: int) -> Tensor:
+        """One learner's inner step on training batch `step`; its loss before the step."""
+        k = step % self.horizon
+        ends = (k + 1) % (self.method.meta_every or 1) == 0
+        shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
+        loss = learner.backward(step, autocast=self.autocast, shared=shared)
         if self.metagrad.penalty:
             learner.pull(self.phi, self.metagrad.penalty)
         if self.grad_clip is not None:
             learner.clip(self.grad_clip)
         if shared and self.roster.keep_gradients:
             learner.gather()
-        learner.step(lr)
+        learner.step(self.inner.lr_at(k / self.horizon))
         learner.forget_gradients()
         return loss
 
@@ -309,16 +321,18 @@ class MetaTrainer:
 
         `step`, `round`, `k`; `inner_steps` (cumulative, per task, replays included), `gradient_evaluations`
         (over all tasks), `meta_update_norm` and for each task its mean `loss` since the last call and its `distance`
-        ||theta - phi||.
+        ||theta - phi||. With a gauge also `approximation_errors`, the readings since the last call, and
+        `gauge_evaluations`, the inner steps that all readings cost, which no other count holds.
         """
         distances = torch.linalg.vector_norm(self.theta - self.phi, dim=1).tolist()
         losses = self.tally.mean_losses()
         local = {
             n: {"loss": loss, "distance": d} for n, loss, d in zip(self.roster.names, losses, distances, strict=True)
         }
-        gathered = self.world.gather((local, dict(self.tally.counts)))
-        tasks = {name: row for rows, _ in gathered for name, row in rows.items()}
-        counts = sum((Counter(counts) for _, counts in gathered), Counter())
+        readings = self.gauge.take() if self.gauge is not None else []
+        gathered = self.world.gather((local, dict(self.tally.counts), readings))
+        tasks = {name: row for rows, _, _ in gathered for name, row in rows.items()}
+        counts = sum((Counter(counts) for _, counts, _ in gathered), Counter())
         return {
             "step": self.step,
             "round": max(self.step - 1, 0) // self.horizon,
@@ -327,6 +341,7 @@ class MetaTrainer:
             **dict(sorted(counts.items())),
             "meta_update_norm": float(self.tally.update_norm),
             "tasks": {name: tasks[name] for name in self.roster.tasks if name in tasks},
+            **({"approximation_errors": joined(read for _, _, read in gathered)} if self.gauge is not None else {}),
         }
 
     def check_finite(self) -> None:

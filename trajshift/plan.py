@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trajshift import metagrad as metagrads
+from trajshift.carry import CARRIES, Carry
 from trajshift.errors import UsageError, nearest
 from trajshift.inner import Inner
 from trajshift.learner import Blueprint, Factory, as_factory
@@ -37,9 +38,28 @@ def plan_method(
     horizon: int,
     metagrad: str | metagrads.MetaGradient | None,
     options: dict[str, Any],
+    carry: str | Carry | None,
+    **choices: Any,
+) -> tuple[Method, metagrads.MetaGradient, Carry]:
+    """The preset with the user's choices put in, its meta-gradient and its carry."""
+    name = carry if isinstance(carry, str) else None
+    resolved, built = _plan_metagrad(method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices)
+    if not isinstance(carry, Carry):
+        return resolved, built, CARRIES[resolved.carry]
+    kind = type(carry).__name__
+    if resolved.joint or resolved.adapt == "head":
+        raise UsageError(f"carry {kind} with adapt head: theta never leaves phi; use carry shift, or adapt all")
+    return replace(resolved, carry=kind), built, carry
+
+
+def _plan_metagrad(
+    method: str | Method,
+    *,
+    horizon: int,
+    metagrad: str | metagrads.MetaGradient | None,
+    options: dict[str, Any],
     **choices: Any,
 ) -> tuple[Method, metagrads.MetaGradient]:
-    """The preset with the user's choices put in, and its meta-gradient."""
     if not isinstance(metagrad, metagrads.MetaGradient):
         resolved = resolve(method, horizon=horizon, metagrad=metagrad, **choices)
         return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)

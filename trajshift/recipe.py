@@ -16,6 +16,7 @@ from trajshift.errors import UsageError, nearest
 from trajshift.presets import resolve
 from trajshift.recipe_fields import (
     FORBID_UNKNOWN,
+    IMPORT_PATH,
     SGD_OPTIONS,
     DataRecipe,
     FinetuneRecipe,
@@ -76,7 +77,8 @@ class Recipe:
     """Arguments of the meta-gradient, such as iMAML's strength."""
 
     carry: str | None = None
-    """What the running theta does once phi has moved: shift, hold, random or replay."""
+    """What the running theta does once phi has moved: shift, hold, random, replay, or `package.module:carry`, which
+    is called without arguments and returns a `trajshift.carry.Carry`."""
 
     adapt: str | None = None
     """Which parameters the inner step moves: all or head."""
@@ -160,7 +162,7 @@ class Recipe:
             self.method,
             horizon=self.horizon,
             meta_every=self.meta_every,
-            carry=self.carry,
+            carry=None if IMPORT_PATH.fullmatch(self.carry or "") else self.carry,
             adapt=self.adapt,
             metagrad=self.metagrad,
             batch=self.batch,
@@ -176,6 +178,11 @@ class Recipe:
         at_least("workers", self.workers, 0)
         at_least("threads", self.threads, 1, "thread")
         positive("meta_lr", self.meta_lr)
+        if (self.output.error_every or 0) > self.horizon:
+            raise UsageError(
+                f"output.error_every is {self.output.error_every}, longer than a round of {self.horizon} inner steps "
+                "(horizon); use at most that"
+            )
         positive("grad_clip", self.grad_clip)
         if not 0 < self.heldout < 1:
             raise UsageError(f"heldout is {self.heldout}; it is a share of the training images, between 0 and 1")

@@ -258,6 +258,10 @@ class OutputRecipe:
     keep: int | None = 3
     """Checkpoints kept, the newest; null keeps all (for accuracy against inner steps)."""
 
+    error_every: int | None = None
+    """Inner steps of a round between measurements of the shift's approximation error, for which one task in turn is run
+    again from its start (k steps after k); null measures nothing."""
+
     tensorboard: bool = True
     """Write TensorBoard events where the tensorboard package is installed."""
 
@@ -265,6 +269,7 @@ class OutputRecipe:
         at_least("log_every", self.log_every, 1, "step")
         at_least("checkpoint_every", self.checkpoint_every, 1, "step")
         at_least("keep", self.keep, 1, "checkpoint")
+        at_least("error_every", self.error_every, 1, "step")
         if self.name is not None and not re.fullmatch(r"[\w.,=+-]+", self.name):
             raise UsageError(
                 f"name is {self.name!r}; use letters, digits and any of . , = + - _ (the folder is named by directory)"

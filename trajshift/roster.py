@@ -6,7 +6,7 @@ running round hold a row, a module and optimizer state; the others keep head and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -189,10 +189,10 @@ class Roster:
 
     # -- replay ----------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> None:
-        """Remembers all that each task has at the start of a round: head, statistics, optimizer state."""
+    def snapshot(self, names: Collection[str]) -> None:
+        """Remembers all that these tasks have at the start of a round: head, statistics, optimizer state."""
         self.snapshots = {}
-        for learner in self.learners:
+        for learner in (learner for learner in self.learners if learner.task.name in names):
             tensors, numbers = learner.state()
             self.snapshots[learner.task.name] = (
                 {label: t.clone() for label, t in tensors.items()},

@@ -238,6 +238,9 @@ class _Run:
         for name, values in row["tasks"].items():
             for quantity, value in values.items():
                 self.board.add_scalar(f"{quantity}/{name}", value, row["step"])
+        for reading in row.get("approximation_errors", ()):
+            relative = reading["error"] / reading["distance"] if reading["distance"] else 0.0
+            self.board.add_scalar(f"relative approximation error/{reading['task']}", relative, reading["step"])
         for quantity in ("meta_update_norm", "inner_steps", "gradient_evaluations"):
             self.board.add_scalar(quantity, row[quantity], row["step"])
 
