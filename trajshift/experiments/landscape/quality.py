@@ -50,10 +50,8 @@ def quality_map(
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     losses = []
     for step in range(1, steps + 1):
-        losses.append(landscape.loss_at(theta).mean(0))
-        if step == steps:
-            break
-        gradient = landscape.gradient_at(theta)
+        loss, gradient = landscape.both_at(theta)
+        losses.append(loss.mean(0))
         if optimizer == "sgd":
             theta.sub_(gradient, alpha=lr)
             continue

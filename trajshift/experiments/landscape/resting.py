@@ -52,7 +52,9 @@ def optima(
         k: inner steps behind each meta-update.
         starts: `[N, 2]`; None for the 41 x 41 grid.
         tasks: None for the published ones.
-        inner_lr, meta_lr, momentum: as in `updates`.
+        inner_lr: alpha.
+        meta_lr: beta.
+        momentum: of the inner SGD.
         limit: largest number of meta-updates.
         radius: of the clusters.
     """

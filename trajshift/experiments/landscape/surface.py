@@ -95,7 +95,16 @@ class Landscape:
 
     def gradient_at(self, theta: Tensor) -> Tensor:
         """Each task's gradient at its own points `[2, 8, ..., N]`, in the same shape."""
+        return self._gradient(theta, *self._residuals(theta))
+
+    def both_at(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """`loss_at` and `gradient_at` in one pass."""
         u, v, a, b = self._residuals(theta)
+        loss = a.square().mul_(self.shape.first).addcmul_(b, b, value=self.shape.second)
+        return loss, self._gradient(theta, u, v, a, b)
+
+    def _gradient(self, theta: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Overwrites the residuals a and b."""
         a *= 2.0 * self.shape.first
         b *= 2.0 * self.shape.second
         along_u, along_v = torch.addcmul(b, a, u, value=2.0), torch.addcmul(a, b, v, value=2.0)

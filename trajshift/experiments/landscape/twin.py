@@ -145,6 +145,7 @@ class _Twin:
         self.landscape = landscape
         self.method = method
         self.metagrad = metagrads.build(method.metagrad, method.batch, options)
+        self.observes = type(self.metagrad).observe is not metagrads.MetaGradient.observe
         self.theta = landscape.spread(starts)
         self.phi = self.theta[:, 0].clone()
         self.velocity = torch.zeros_like(self.theta)
@@ -175,8 +176,11 @@ class _Twin:
         self.metagrad.begin(_rows(self.theta))
 
     def _inner_step(self) -> None:
-        losses = self.landscape.loss_at(self.theta) if self.metagrad.needs_gradients else None
-        self.gradient = self.landscape.gradient_at(self.theta)
+        losses = None
+        if self.observes:
+            losses, self.gradient = self.landscape.both_at(self.theta)
+        else:
+            self.gradient = self.landscape.gradient_at(self.theta)
         self.velocity.mul_(self.momentum).add_(self.gradient)
         self.theta.sub_(self.velocity, alpha=self.inner_lr)
         self.inner_steps += 1

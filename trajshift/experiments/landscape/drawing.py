@@ -1,0 +1,211 @@
+"""Figures 4 and 5 of the paper, and the comparison over random sets of tasks. Dark is low loss throughout."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trajshift.experiments.landscape.measure import METHODS, STARTS
+from trajshift.experiments.landscape.resting import Optima
+from trajshift.experiments.landscape.summary import Comparison
+from trajshift.experiments.landscape.surface import DOMAIN, grid, tasks, template
+from trajshift.figures import COLOURS, GREY, MARKERS, styled
+from trajshift.statistics import interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from trajshift.experiments.landscape.experiment import Results
+
+_RED = "#D55E00"
+_MAP = "Greys_r"
+_COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", _RED, "#E69F00", "#000000")
+_LOOKS: dict[str, dict[str, Any]] = {
+    method: {"color": colour, "marker": marker}
+    for method, colour, marker in zip(METHODS, _COLOURS, MARKERS, strict=True)
+}
+_LABELS = {"trajectory-shifting": "trajectory shifting", "accurate": "accurate", "reptile": "Reptile"}
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+
+
+def _plane(axis: Axes) -> None:
+    """The domain, square, without a grid."""
+    axis.set(xlim=DOMAIN, ylim=DOMAIN, xlabel="x", ylabel="y", aspect="equal")
+    axis.set_xticks(range(-5, 16, 5))
+    axis.set_yticks(range(-5, 16, 5))
+    axis.grid(visible=False)
+
+
+def _contour(axis: Axes, values: np.ndarray, low: float, high: float, label: str) -> None:
+    """Filled contours of `[side, side]` on a logarithmic scale, four bands to a factor of ten."""
+    from matplotlib.colors import LogNorm
+
+    line = np.linspace(*DOMAIN, len(values))
+    decades = math.log10(high / low)
+    levels = np.geomspace(low, high, round(4 * decades) + 1)
+    drawn = axis.contourf(
+        line, line, np.nan_to_num(values, nan=np.inf).clip(low, high), levels, cmap=_MAP, norm=LogNorm(low, high)
+    )
+    drawn.set_rasterized(True)
+    ticks = 10.0 ** np.arange(math.ceil(math.log10(low) - 1e-9), math.log10(high) + 1e-9)
+    bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02, ticks=list(ticks))
+    bar.set_label(label)
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in ticks])
+    bar.ax.minorticks_off()
+
+
+@styled
+def template_figure(results: Results) -> Figure:
+    """4(a): the function that every task is a copy of, and its four minima."""
+    figure, (axis,) = _figure(3.6, 3.0)
+    _plane(axis)
+    side = results.settings.picture_side
+    values = template(grid(side)).view(side, side).numpy()
+    _contour(axis, values, 1.0, 1000.0, "loss")
+    minima = np.array([[3.0, 2.0], [-2.805118, 3.131313], [-3.779310, -3.283186], [3.584428, -1.848127]]) * 3.0 + 5.0
+    axis.plot(*minima.T, "o", color=_RED, mec="white", ms=5)
+    axis.set_title("(a) template")
+    return figure
+
+
+@styled
+def task_figure(results: Results) -> Figure:
+    """4(b): the first task; the red dots are the centres of all eight."""
+    from matplotlib.patches import Arc
+
+    figure, (axis,) = _figure(3.6, 3.0)
+    _plane(axis)
+    side, landscape = results.settings.picture_side, tasks()
+    values = landscape.losses(grid(side))[0].view(side, side).numpy()
+    _contour(axis, values, 1.0, 1000.0, "loss")
+    axis.plot(*landscape.centres.T, "o", color=_RED, mec="white", ms=5)
+    x, y = landscape.centres[0].tolist()
+    arrow = {"arrowstyle": "-|>", "color": _RED, "lw": 1.6, "shrinkA": 0, "shrinkB": 4}
+    axis.annotate("", (x, y), (5.0, 5.0), arrowprops=arrow)
+    turn = -math.degrees(float(landscape.angles[0]))  # losses turn against the coordinates
+    axis.add_patch(Arc((x, y), 4.0, 4.0, theta1=turn + 90, theta2=90, color=_RED, lw=1.6))
+    end = math.radians(turn + 90)
+    tip, before = ((x + 2 * math.cos(a), y + 2 * math.sin(a)) for a in (end, end + 0.25))
+    axis.annotate("", tip, before, arrowprops={**arrow, "shrinkB": 0})
+    axis.set_title("(b) task 1 of 8")
+    return figure
+
+
+@styled
+def bias_figure(results: Results) -> Figure:
+    """4(c): quality after K steps of the phi that is best for k."""
+    figure, (axis,) = _figure(3.6, 2.7)
+    longest = results.settings.horizon
+    k = np.arange(longest + 1)
+    estimates = [interval(column) for column in results.bias.numpy().T]
+    mean = np.array([one.mean for one in estimates])
+    half = np.array([one.half_width or 0.0 for one in estimates])
+    axis.fill_between(k, np.maximum(mean - half, 1e-3), mean + half, color=COLOURS[0], alpha=0.2, lw=0)
+    axis.plot(k, mean, color=COLOURS[0], label=f"mean of {len(results.bias)} random sets, 95%")
+    axis.plot(k, results.bias_published, color=GREY, lw=0.9, ls="--", label="published set")
+    axis.set(xlabel="k, the steps that phi was chosen for", ylabel=f"loss after {longest} steps", xlim=(0, longest))
+    axis.set_yscale("log")
+    axis.legend(loc="lower left")
+    axis.set_title("(c) short-horizon bias")
+    return figure
+
+
+@styled
+def cost_figure(results: Results) -> Figure:
+    """4(d): cumulative inner steps against meta-updates."""
+    figure, (axis,) = _figure(3.6, 2.7)
+    for method, made in results.runs.items():
+        steps = made.inner_steps[1:].numpy()
+        axis.plot(np.arange(1, len(steps) + 1), steps, color=_LOOKS[method]["color"], lw=1.8)
+        axis.annotate(
+            f"{_LABELS[method]}: {steps[-1]:,}", (len(steps), steps[-1]), (-4, 5 if method != "accurate" else -11),
+            textcoords="offset points", ha="right", color=_LOOKS[method]["color"],
+        )  # fmt: skip
+    axis.set(xlabel="meta-updates", ylabel="inner steps per task", xlim=(0, None), yscale="log")
+    axis.set_ylim(top=2e5)
+    axis.set_title("(d) cost")
+    return figure
+
+
+@styled
+def optima_figure(results: Results) -> Figure:
+    """5(a,b): Reptile's trajectories for a short and a long horizon, and where they rest."""
+    figure, axes = _figure(7.2, 3.7, 2)
+    for letter, axis, (k, found) in zip("ab", axes, results.optima.items(), strict=True):
+        _plane(axis)
+        _trajectories_of(axis, found)
+        axis.plot(*found.points.T, "o", color=_RED, mec="white", mew=0.4, ms=4.5)
+        axis.set_title(f"({letter}) k = {k}: {len(found.points)} points in {found.cluster_count} clusters")
+    axes[1].set_ylabel("")
+    return figure
+
+
+def _trajectories_of(axis: Axes, found: Optima) -> None:
+    from matplotlib.collections import LineCollection
+
+    lines = LineCollection(list(found.segments.numpy()), colors=COLOURS[0], linewidths=0.25, alpha=0.6)
+    lines.set_rasterized(True)
+    axis.add_collection(lines)
+
+
+@styled
+def trajectories_figure(results: Results) -> Figure:
+    """5(c,d): meta-learning trajectories over the quality of every point."""
+    figure, axes = _figure(7.2, 3.7, 2)
+    for letter, axis, chosen in zip("cd", axes, (STARTS[:1], STARTS[1:]), strict=True):
+        _plane(axis)
+        _contour(axis, results.contour.numpy(), 0.03, 100.0, f"loss after {results.settings.horizon} steps")
+        first = 0 if letter == "c" else 1
+        for method, made in results.runs.items():
+            for place in range(first, first + len(chosen)):
+                _line(axis, made.phi[:, place].numpy(), method, label=place == first)
+        axis.plot(*np.array(chosen).T, "o", mfc="white", mec="black", ms=5, zorder=5)
+        axis.set_title(f"({letter}) {'one start' if letter == 'c' else f'{len(chosen)} more'}")
+    axes[1].set_ylabel("")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _line(axis: Axes, phi: np.ndarray, method: str, *, label: bool) -> None:
+    from matplotlib.patheffects import Normal, Stroke
+
+    look = _LOOKS[method]
+    casing = [Stroke(linewidth=3.2, foreground="white"), Normal()]
+    axis.plot(
+        *phi.T, color=look["color"], lw=1.6, path_effects=casing, label=_LABELS[method] if label else None, zorder=3
+    )
+    axis.plot(*phi[-1], look["marker"], color=look["color"], mec="white", ms=6.5, zorder=6)
+
+
+@styled
+def comparison_figure(results: Results, quality: dict[str, Comparison]) -> Figure:
+    """Final quality and share of good ends of each method at equal budgets; means over random sets, 95% intervals."""
+    figure, axes = _figure(7.2, 2.7, 2)
+    labels = {"mean": "mean final quality (loss, log scale)", "good": "starts ending in the best tenth, %"}
+    for axis, measure in zip(axes, labels, strict=True):
+        for shift, (unit, comparison) in zip((0.14, -0.14), quality.items(), strict=True):
+            for place, (method, estimate) in enumerate(reversed(comparison.estimates(measure).items())):
+                filled = unit == "meta-updates"
+                axis.errorbar(
+                    estimate.mean, place + shift, xerr=estimate.half_width, fmt=_LOOKS[method]["marker"],
+                    color=_LOOKS[method]["color"], mfc=None if filled else "white", ms=5, capsize=2.5, lw=1.3,
+                )  # fmt: skip
+        axis.set_yticks(range(len(METHODS)), list(reversed(METHODS)) if measure == "mean" else [])
+        axis.set_xlabel(labels[measure])
+        axis.grid(axis="y", visible=False)
+    axes[0].set_xscale("log")
+    axes[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes[0].minorticks_off()
+    amount = results.settings.updates
+    axes[0].set_title(f"filled: {amount} meta-updates, open: {amount} inner steps")
+    return figure

@@ -1,0 +1,200 @@
+"""`trajshift experiment landscape`: measures, draws figures 4 and 5, and writes findings, page and numbers.
+
+OUT/ holds 4a, 4b, 4c, 4d, 5ab, 5cd and comparison as .svg and .png, findings.md, index.html, results.json and
+arrays.npz (what the figures were drawn from).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajshift.experiments.landscape import measure
+from trajshift.experiments.landscape.measure import METHODS, End, Settings
+from trajshift.experiments.landscape.resting import Optima
+from trajshift.experiments.landscape.twin import Run
+from trajshift.progress import Progress, duration
+from trajshift.rundir import environment, replace_file
+
+UNITS = ("meta-updates", "inner steps")
+PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")
+DRAWN = ("trajectory-shifting", "accurate", "reptile")
+_SETS_A_JOB = 5
+
+Key = tuple[Any, ...]
+Jobs = dict[Key, Callable[[], Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """All that is drawn and told."""
+
+    settings: Settings
+    ends: dict[str, dict[str, End]]
+    """Unit of the budget -> method -> all random sets."""
+    thresholds: Tensor
+    """`[S]`, a good quality in each random set."""
+    published: dict[str, End]
+    """Method -> the published tasks from the fine grid."""
+    published_threshold: float
+    bias: Tensor
+    """`[bias_sets, K+1]`."""
+    bias_published: Tensor
+    """`[K+1]`."""
+    optima: dict[int, Optima]
+    """k -> the published tasks."""
+    clusters: dict[int, list[int]]
+    """k -> number of clusters in each random set."""
+    runs: dict[str, Run]
+    """Method -> from the fixed starts on the published tasks."""
+    contour: Tensor
+    """`[side, side]`."""
+
+
+def run_experiment(out: Path, *, study: bool = False, settings: Settings | None = None) -> None:
+    """Measures and writes everything to `out`; with `study` the comparison over all starts follows."""
+    from trajshift.experiments.landscape.findings import findings
+    from trajshift.experiments.landscape.presentation import draw, write_page
+
+    began = time.monotonic()
+    settings = settings or Settings()
+    out.mkdir(parents=True, exist_ok=True)
+    results = measured(settings)
+    figures = draw(results, out)
+    found = findings(results)
+    replace_file(out / "findings.md", found.markdown())
+    write_page(out / "index.html", figures, found)
+    _write_numbers(out, results, found.numbers)
+    print(f"{out / 'index.html'} and findings.md are written, {duration(time.monotonic() - began)}")
+    if study:
+        from trajshift.experiments.landscape.study import run_study
+
+        run_study(out)
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measured(settings: Settings) -> Results:
+    """Runs all jobs and puts their parts together."""
+    jobs = _jobs(settings)
+    done: dict[Key, Any] = {}
+    with Progress("landscape", len(jobs)) as progress:
+        for key, value in perform(jobs, settings.processes):
+            done[key] = value
+            progress.update(len(done), note=" ".join(map(str, key)))
+
+    def parts(*key: Any) -> list[Any]:
+        """The results of a job that was split, in order."""
+        return [done[one] for one in jobs if one[: len(key)] == key]
+
+    return Results(
+        settings=settings,
+        ends={unit: {method: _joined(parts("compare", unit, method)) for method in METHODS} for unit in UNITS},
+        thresholds=torch.cat(parts("thresholds")),
+        published={method: done["published", method] for method in PUBLISHED},
+        published_threshold=float(done["published threshold",]),
+        bias=torch.cat(parts("bias", "random")),
+        bias_published=done["bias", "published"][0],
+        optima={k: done["optima", k, None] for k in _lengths(settings)},
+        clusters={
+            k: [done["optima", k, seed].cluster_count for seed in range(settings.sets)] for k in _lengths(settings)
+        },
+        runs={method: done["trajectories", method] for method in DRAWN},
+        contour=done["contour",],
+    )
+
+
+def _lengths(settings: Settings) -> tuple[int, int]:
+    return settings.short, settings.horizon
+
+
+def _jobs(settings: Settings) -> Jobs:
+    """Every piece by its key, the long ones first so that processes end together."""
+    jobs: Jobs = {}
+    for unit in UNITS:
+        for method in reversed(METHODS):
+            for seeds in _blocks(settings.sets):
+                jobs["compare", unit, method, seeds[0]] = partial(measure.compare, method, seeds, unit, settings)
+    for method in PUBLISHED:
+        jobs["published", method] = partial(measure.published, method, settings)
+    for method in DRAWN:
+        jobs["trajectories", method] = partial(measure.trajectories, method, settings)
+    for k in _lengths(settings):
+        for seed in (None, *range(settings.sets)):
+            jobs["optima", k, seed] = partial(measure.resting_points, k, seed, settings)
+    for seeds in _blocks(settings.bias_sets):
+        jobs["bias", "random", seeds[0]] = partial(measure.horizon_bias, seeds, settings)
+    jobs["bias", "published"] = partial(measure.horizon_bias, [None], settings)
+    for seeds in _blocks(settings.sets):
+        jobs["thresholds", seeds[0]] = partial(measure.thresholds, seeds, settings)
+    jobs["published threshold",] = partial(measure.published_threshold, settings)
+    jobs["contour",] = partial(measure.contour, settings)
+    return jobs
+
+
+def _blocks(count: int) -> list[list[int]]:
+    return [list(range(first, min(first + _SETS_A_JOB, count))) for first in range(0, count, _SETS_A_JOB)]
+
+
+def _joined(ends: Sequence[End]) -> End:
+    """The same method on more sets."""
+    first = ends[0]
+    return End(
+        phi=torch.cat([end.phi for end in ends]),
+        quality=torch.cat([end.quality for end in ends]),
+        left=torch.cat([end.left for end in ends]),
+        overflowed=torch.cat([end.overflowed for end in ends]),
+        marked=torch.cat([end.marked for end in ends], dim=1) if first.marked.dim() > 1 else first.marked,
+        updates=first.updates,
+        inner_steps=first.inner_steps,
+    )
+
+
+def perform(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
+    """Results as they come; one thread for each process, as all pieces are small."""
+    if processes == 1:
+        for key, job in jobs.items():
+            yield key, job()
+        return
+    with ExitStack() as stack:
+        pool = stack.enter_context(
+            ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+        )
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting = {pool.submit(_packed, job): key for key, job in jobs.items()}
+        for future in as_completed(waiting):
+            yield waiting[future], pickle.loads(future.result())
+
+
+def _packed(job: Callable[[], Any]) -> bytes:
+    """Bytes between two processes: tensors sent as such would each hold a file of shared memory open."""
+    return pickle.dumps(job())
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _write_numbers(out: Path, results: Results, numbers: dict[str, Any]) -> None:
+    about = {"settings": asdict(results.settings), "environment": environment()}
+    replace_file(out / "results.json", json.dumps(about | numbers, indent=1) + "\n")
+    arrays = {"contour": results.contour, "bias": results.bias, "bias_published": results.bias_published}
+    arrays |= {f"optima_{k}": found.points for k, found in results.optima.items()}
+    for method, made in results.runs.items():
+        arrays |= {f"phi_{method}": made.phi, f"inner_steps_{method}": made.inner_steps}
+    for unit, ends in results.ends.items():
+        arrays |= {f"quality_{unit}_{method}".replace(" ", "-"): end.quality for method, end in ends.items()}
+    np.savez_compressed(out / "arrays.npz", **{name: np.asarray(array) for name, array in arrays.items()})

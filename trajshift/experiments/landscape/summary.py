@@ -1,0 +1,104 @@
+"""From the quality of single starts to one number per set of tasks, and from those to intervals and tests; torch-free.
+
+A set of tasks is the unit: starts on the same tasks are no independent draws, so they are averaged first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trajshift.statistics import Estimate, PairedTest, holm, interval, paired_test
+
+PerSet = dict[str, dict[int, float]]
+"""Method -> set -> number."""
+Array = np.ndarray
+OURS, ACCURATE, REPTILE = "trajectory-shifting", "accurate", "reptile"
+PAIRS = (
+    (OURS, REPTILE),
+    (ACCURATE, REPTILE),
+    ("no-shifting", REPTILE),
+    ("random-shifting", REPTILE),
+    (ACCURATE, OURS),
+    (OURS, "no-shifting"),
+    (OURS, "random-shifting"),
+    (OURS, "leap"),
+    (OURS, "fomaml"),
+)
+"""Comparisons that are tested, fixed in advance."""
+LEVEL = 0.05
+"""Of the tests, after Holm's correction."""
+
+
+def family(tests: Sequence[PairedTest]) -> dict[tuple[str, str], PairedTest]:
+    """The tests by pair, corrected by Holm; those without a p do not count."""
+    corrected = iter(holm([test.p for test in tests if test.p is not None]))
+    return {
+        (test.first, test.second): test if test.p is None else replace(test, p_holm=next(corrected)) for test in tests
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """All methods at one budget."""
+
+    mean: PerSet
+    """Mean final quality over the starts that no method made overflow."""
+    median: PerSet
+    """Median over all starts; overflow is worse than any number."""
+    good: PerSet
+    """Percentage of all starts that end in the best tenth of the domain."""
+    starts: int
+    """Starts of all sets together."""
+    left_out: int
+    """Starts that overflowed under at least one method: not in the means of any."""
+
+    def estimates(self, measure: str) -> dict[str, Estimate]:
+        """Mean and 95% interval over sets, by method."""
+        return {method: interval(list(values.values())) for method, values in getattr(self, measure).items()}
+
+    def tests(self, measure: str) -> dict[tuple[str, str], PairedTest]:
+        """Paired over sets, `PAIRS` as one Holm family."""
+        values: PerSet = getattr(self, measure)
+        return family([paired_test(values[first], values[second], (first, second)) for first, second in PAIRS])
+
+
+def compared(quality: Mapping[str, Array], thresholds: Array) -> Comparison:
+    """Methods with quality `[S, N]` each, not finite where a start overflowed; `thresholds` `[S]` of a good end."""
+    finite = np.logical_and.reduce([np.isfinite(q) for q in quality.values()])
+    with_worst = {method: np.where(np.isfinite(q), q, np.inf) for method, q in quality.items()}
+
+    def by_set(values: Sequence[float]) -> dict[int, float]:
+        return {index: float(value) for index, value in enumerate(values)}
+
+    return Comparison(
+        mean={m: by_set([q[s][finite[s]].mean() for s in range(len(q))]) for m, q in quality.items()},
+        median={m: by_set([float(np.median(row)) for row in q]) for m, q in with_worst.items()},
+        good={m: by_set(100.0 * (q <= thresholds[:, None]).mean(1)) for m, q in with_worst.items()},
+        starts=finite.size,
+        left_out=int((~finite).sum()),
+    )
+
+
+def show(estimate: Estimate | None, digits: int = 3, sign: bool = False) -> str:
+    """`1.23 ± 0.45`."""
+    if estimate is None:
+        return "-"
+    mean = f"{estimate.mean:{'+' if sign else ''}.{digits}f}"
+    return mean if estimate.half_width is None else f"{mean} ± {estimate.half_width:.{digits}f}"
+
+
+def show_p(test: PairedTest) -> str:
+    """The corrected p, or why there is none."""
+    if test.p_holm is None:
+        return test.reason or "-"
+    return "< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"
+
+
+def lower(test: PairedTest) -> bool | None:
+    """Whether the first is lower than the second (True), higher (False), or neither is shown (None)."""
+    if test.p_holm is None or test.difference is None or test.p_holm >= LEVEL:
+        return None
+    return test.difference.mean < 0.0
