@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,11 @@ def device(name: str) -> torch.device:
     return found
 
 
-def model_factory(recipe: Recipe) -> Factory:
-    """The factory `model(task) -> module` of a recipe."""
+def model_factory(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Factory:
+    """The factory `model(task) -> module` of a recipe; `options` are put in over its own."""
 
     def model(task: Task) -> nn.Module:
-        return models.build(recipe.model.name, task, **recipe.model.options)
+        return models.build(recipe.model.name, task, **recipe.model.options, **(options or {}))
 
     return model
 

@@ -1,27 +1,136 @@
-"""error(k) = ||U_k(phi + d_1 + ... + d_{k-1}) - theta_k|| along one trajectory of every task (equation 5)."""
+"""error(k) = ||U_k(phi + d_1 + ... + d_{k-1}) - theta_k|| of every task along one trajectory (equation 5).
+
+The trajectory is a run of the library's loop, one round long, with a gauge. Everything is in float64.
+"""
 
 from __future__ import annotations
-from collections.abc import Sequence
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
-from trajshift.carry import Carry
+from torch import Tensor, nn
+
+from trajshift.build import build_tasks, model_factory
+from trajshift.data.hashing import key, normal
+from trajshift.experiments.approximation.plan import OPTIMIZERS, PRESCRIBED, Plan, Setting, networks
+from trajshift.experiments.approximation.shifts import SHIFTS
+from trajshift.gauge import Gauge
+from trajshift.inner import Inner
+from trajshift.loop import MetaTrainer
 from trajshift.metagrad import MetaGradient, Probe
+from trajshift.probe import RosterProbe
+from trajshift.recipe import Recipe
+from trajshift.task import Task
+
+POWER_STEPS = 20
+"""Steps of the power iteration for the Hessian's norm."""
 
 
 class Prescribed(MetaGradient):
-    """Shifts given beforehand: after inner step k phi moves by `shifts[k - 1]`, with meta_lr 1."""
+    """Shifts known beforehand: with meta_lr 1, phi moves by `shifts[k - 1]` `[P]` after inner step k."""
 
     def __init__(self, shifts: Tensor) -> None:
         self._shifts = shifts
 
     def begin(self, theta: Tensor) -> None:
-        """From the first shift on."""
+        """Back to the first shift."""
         self._k = 0
 
     def observe(self, theta: Tensor, losses: Tensor, gradients: Tensor) -> None:
-        """One step further."""
+        """On to the next one."""
         self._k += 1
 
     def read(self, probe: Probe) -> Tensor:
-        """Minus the shift, for every row."""
+        """Minus the shift, for every row `[T, P]`."""
         return -self._shifts[self._k - 1].expand_as(probe.theta)
+
+
+class Laboratory:
+    """Tasks and networks of a recipe; `measure` runs one setting once."""
+
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        self.recipe = recipe
+        self.plan = plan
+        self.tasks = build_tasks(recipe)
+        self.networks = networks(recipe)
+
+    def measure(self, setting: Setting, draw: int) -> dict[str, Any]:
+        """Readings at every k of the plan, `curvature` (the Hessian's norm at the start, its mean over tasks).
+
+        Numbers that are not finite become None.
+        """
+        gauge = Gauge(lambda k: k in self.plan.ks, every_task=True)
+        trainer = self._trainer(setting, draw, gauge, **self._movement(setting, draw))
+        trainer.advance()
+        curvature = sum(_norm_of_hessian(trainer, row) for row in range(len(self.tasks))) / len(self.tasks)
+        for _ in trainer:
+            pass
+        readings = [{name: _finite(value) for name, value in row.items()} for row in gauge.take()]
+        return {"readings": readings, "curvature": _finite(curvature), "parameters": trainer.layout.count}
+
+    def _movement(self, setting: Setting, draw: int) -> dict[str, Any]:
+        """How phi moves, and theta with it."""
+        if setting.shifts == PRESCRIBED:
+            start = self._trainer(setting, draw, None)
+            direction = normal(key(draw, "shifts"), len(start.phi), dtype=start.phi.dtype) * start.layout.mask(
+                start.device
+            )
+            shift = direction * (setting.beta / torch.linalg.vector_norm(direction))
+            return {"metagrad": Prescribed(shift.expand(self.plan.horizon, -1)), "meta_lr": 1.0}
+        if setting.shifts == "recorded":
+            carry = SHIFTS[setting.carry]() if setting.carry in SHIFTS else setting.carry
+            return {"metagrad": Prescribed(self._recorded(setting, draw)), "meta_lr": 1.0, "carry": carry}
+        return {"meta_lr": setting.beta}
+
+    def _recorded(self, setting: Setting, draw: int) -> Tensor:
+        """The shifts `[K, P]` of trajectory shifting itself, so that all carries are measured along the same ones."""
+        trainer = self._trainer(setting, draw, None, meta_lr=setting.beta)
+        shifts, before = [], trainer.phi.clone()
+        for _ in trainer:
+            shifts.append(trainer.phi - before)
+            before = trainer.phi.clone()
+        return torch.stack(shifts)
+
+    def _trainer(self, setting: Setting, draw: int, gauge: Gauge | None, **options: Any) -> MetaTrainer:
+        name, inner = OPTIMIZERS[setting.optimizer]
+        return MetaTrainer(
+            self._model(self.networks[setting.network]),
+            self.tasks,
+            "trajectory-shifting",
+            horizon=self.plan.horizon,
+            rounds=1,
+            inner=Inner(optimizer=name, lr=setting.alpha, options=inner),
+            batch_size=self.recipe.batch_size,
+            seed=draw,
+            head=self.recipe.head,
+            shared=[self.recipe.shared] if isinstance(self.recipe.shared, str) else self.recipe.shared,
+            gauge=gauge,
+            **options,
+        )
+
+    def _model(self, options: Mapping[str, Any]) -> Any:
+        build = model_factory(self.recipe, options)
+
+        def model(task: Task) -> nn.Module:
+            return build(task).double()
+
+        return model
+
+
+def _norm_of_hessian(trainer: MetaTrainer, row: int) -> float:
+    """The largest absolute eigenvalue of a task's Hessian on its first batch, by power iteration."""
+    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, None)
+    vector = normal(key(0, "power iteration"), len(trainer.phi), dtype=trainer.phi.dtype)
+    size = torch.zeros(())
+    with probe.hessian(row) as product:
+        for _ in range(POWER_STEPS):
+            vector = product(vector)
+            size = torch.linalg.vector_norm(vector)
+            vector = vector / size
+    return float(size)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,94 @@
+"""The approximation error where it is known: on quadratic losses the inner map U_k is affine.
+
+For L(theta) = (theta - c)' A (theta - c) / 2 and SGD with momentum mu, z = (theta - c, v) goes to M z with
+
+    M = [[I - alpha A, -alpha mu I], [A, mu I]],
+
+so shifts d_1, ..., d_{k-1} leave error(k) = || E' sum_{i<k} (M^k - M^(k-i)) E d_i ||, with E d = (d, 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trajshift.gauge import Gauge
+from trajshift.inner import Inner
+from trajshift.loop import MetaTrainer
+from trajshift.task import Task
+
+DIMENSION, TASKS = 6, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Measured and exact errors of one optimizer at k = 2, 3, ..., K, the mean over tasks."""
+
+    momentum: float
+    ks: np.ndarray
+    measured: np.ndarray
+    exact: np.ndarray
+
+    @property
+    def deviation(self) -> float:
+        """The largest difference, relative to the exact error."""
+        return float(np.max(np.abs(self.measured - self.exact) / self.exact))
+
+
+class _Point(nn.Module):
+    """The shared parameters are the point itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(DIMENSION, dtype=torch.float64))
+
+
+def check(*, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: int = 200, seed: int = 0) -> Check:
+    """Runs trajectory shifting on random quadratics with a gauge, and the closed form on the shifts it made."""
+    generator = np.random.default_rng(seed)
+    root = generator.standard_normal((TASKS, DIMENSION, DIMENSION))
+    matrices = root @ root.transpose(0, 2, 1) / DIMENSION + 0.2 * np.eye(DIMENSION)
+    centres = generator.standard_normal((TASKS, DIMENSION))
+    gauge = Gauge(lambda k: k > 1, every_task=True)
+    trainer = MetaTrainer(
+        lambda task: _Point(), [_task(t, matrices[t], centres[t]) for t in range(TASKS)], "trajectory-shifting",
+        horizon=horizon, rounds=1, meta_lr=beta, inner=Inner(lr=alpha, options={"momentum": momentum}),
+        batch_size=1, seed=seed, shared=("theta",), gauge=gauge,
+    )  # fmt: skip
+    path = [trainer.phi[:DIMENSION].clone()]
+    for _ in trainer:
+        path.append(trainer.phi[:DIMENSION].clone())
+    shifts = torch.diff(torch.stack(path), dim=0).numpy()
+    measured = np.array([row["error"] for row in gauge.take()]).reshape(-1, TASKS).mean(1)
+    exact = np.mean([_errors(matrix, shifts, alpha, momentum) for matrix in matrices], axis=0)
+    return Check(momentum, np.arange(2, horizon + 1), measured, exact)
+
+
+def _task(index: int, matrix: np.ndarray, centre: np.ndarray) -> Task:
+    a, c = torch.from_numpy(matrix), torch.from_numpy(centre)
+    none = torch.zeros(1, 1)
+
+    def loss(module: nn.Module, batch: object) -> Tensor:
+        theta = dict(module.named_parameters())["theta"]
+        return (theta - c) @ a @ (theta - c) / 2
+
+    return Task(name=f"quadratic{index}", train=(none, none), loss=loss)
+
+
+def _errors(matrix: np.ndarray, shifts: np.ndarray, alpha: float, momentum: float) -> np.ndarray:
+    """error(k) for k = 2, ..., K, from K shifts `[K, D]`."""
+    d, eye = len(matrix), np.eye(len(matrix))
+    step = np.block([[eye - alpha * matrix, -alpha * momentum * eye], [matrix, momentum * eye]])
+    powers = [np.eye(2 * d)]
+    for _ in range(len(shifts)):
+        powers.append(step @ powers[-1])
+    top = np.stack(powers)[:, :d, :d]
+    return np.array(
+        [
+            np.linalg.norm(np.einsum("nij,nj->i", top[k] - top[k - 1 : 0 : -1], shifts[: k - 1]))
+            for k in range(2, len(shifts) + 1)
+        ]
+    )

@@ -1,0 +1,154 @@
+"""From the saved units to numbers with intervals: errors, slopes against equation 5, shifts compared; torch-free.
+
+The unit of every statistic is the draw; tasks are averaged within it. Arrays: `[draws, ks]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trajshift.experiments.approximation.plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, key_of, scale
+from trajshift.statistics import Estimate, holm, interval, paired_test
+
+SMALL = 0.5
+"""The slopes in k are fitted where alpha h k is at most this; equation 5 wants it far below 1."""
+FIRST_K = 10
+"""And from this k on: sums over i < k are powers of k only for k well above 1."""
+SLOPE_K = 20
+"""Where the slopes in alpha and beta are fitted."""
+ORDERS = {PRESCRIBED: {"k": 2, "alpha": 1, "beta": 1}, DISPLACEMENT: {"k": 3, "alpha": 2, "beta": 1}}
+"""What equation 5 predicts for plain SGD."""
+
+Units = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All draws of one setting."""
+
+    setting: Setting
+    error: np.ndarray
+    """Mean over tasks of ||U_k - theta_k||, NaN where a trajectory overflowed."""
+    relative: np.ndarray
+    """Mean over tasks of the same divided by ||theta_k - phi||."""
+    curvature: float
+    """Norm of the Hessian at the start, the mean over draws."""
+
+
+def measured(units: Units, setting: Setting, plan: Plan) -> Measured:
+    """Puts the readings of a setting together."""
+    errors, relatives, curvatures = [], [], []
+    for draw in range(plan.draws):
+        unit = units[key_of(setting, draw)]
+        table = np.full((2, len(plan.ks), len({row["task"] for row in unit["readings"]})), np.nan)
+        seen = dict.fromkeys(plan.ks, 0)
+        for row in unit["readings"]:
+            error, distance = (np.nan if row[name] is None else row[name] for name in ("error", "distance"))
+            table[:, plan.ks.index(row["k"]), seen[row["k"]]] = error, error / distance if distance else np.nan
+            seen[row["k"]] += 1
+        errors.append(table[0].mean(1))
+        relatives.append(table[1].mean(1))
+        curvatures.append(np.nan if unit["curvature"] is None else unit["curvature"])
+    return Measured(setting, np.array(errors), np.array(relatives), float(np.nanmean(curvatures)))
+
+
+def varied(setting: Setting, variable: str, value: float) -> Setting:
+    """The setting with another `alpha` or `beta`."""
+    return replace(setting, alpha=value) if variable == "alpha" else replace(setting, beta=value)
+
+
+def estimate(values: np.ndarray) -> Estimate | None:
+    """Mean and 95% interval over the draws that did not overflow."""
+    kept = values[np.isfinite(values)]
+    return interval(kept) if len(kept) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """The exponent of one variable in one kind of run."""
+
+    setting: Setting
+    variable: str
+    """`k`, `alpha` or `beta`."""
+    measured: Estimate | None
+    predicted: int | None
+    """None where equation 5 claims no order: momentum, Adam."""
+    points: tuple[float, ...]
+    """Where it was fitted."""
+
+
+def slopes(units: Units, plan: Plan, networks: Sequence[str]) -> list[Slope]:
+    """Fitted exponents for every network, optimizer and kind of shifts."""
+    found = []
+    for middle in _middles(plan, networks):
+        centre = measured(units, middle, plan)
+        predicted = ORDERS[middle.shifts] if middle.optimizer == "SGD" else {}
+        limit = SMALL / (middle.alpha * centre.curvature)
+        ks = [place for place, k in enumerate(plan.ks) if FIRST_K <= k <= limit]
+        found.append(
+            Slope(
+                middle, "k", _fit(np.array(plan.ks)[ks], centre.error[:, ks]),
+                predicted.get("k"), tuple(plan.ks[place] for place in ks),
+            )
+        )  # fmt: skip
+        at = max(place for place, k in enumerate(plan.ks) if k <= SLOPE_K)
+        for variable, values in (("alpha", [a * scale(middle.optimizer) for a in plan.alphas]), ("beta", plan.betas)):
+            points = [varied(middle, variable, value) for value in values]
+            errors = np.stack([measured(units, point, plan).error[:, at] for point in points], axis=1)
+            fitted = _fit(np.array(values), errors)
+            found.append(Slope(middle, variable, fitted, predicted.get(variable), tuple(values)))
+    return found
+
+
+def _middles(plan: Plan, networks: Sequence[str]) -> list[Setting]:
+    """The setting at the middle of both grids, for each line of the figure."""
+    return [
+        point
+        for point in plan.settings(networks)
+        if point.shifts in ORDERS and point.alpha == plan.alpha * scale(point.optimizer) and point.beta == plan.beta
+    ]
+
+
+def _fit(x: np.ndarray, errors: np.ndarray) -> Estimate | None:
+    """Least squares of log error on log x `[N]`, draw by draw `[draws, N]`; draws that overflowed are left out."""
+    whole = errors[np.all(np.isfinite(errors) & (errors > 0.0), axis=1)]
+    if len(whole) == 0 or len(x) < 2:
+        return None
+    return interval(np.polyfit(np.log(x), np.log(whole).T, 1)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A shift against the identity, along the same shifts of phi."""
+
+    network: str
+    carry: str
+    k: int
+    ratio: Estimate | None
+    """Of the errors; the mean over draws of the logarithm, with its interval, in natural logarithms."""
+    p: float | None
+    """Paired t-test of the logarithms, corrected by Holm over all comparisons."""
+
+
+def comparisons(units: Units, plan: Plan, networks: Sequence[str]) -> list[Comparison]:
+    """All carries against `shift` at every k from 10 on."""
+    found = []
+    for network in networks:
+        recorded = {
+            point.carry: np.log(measured(units, point, plan).error)
+            for point in plan.settings([network])
+            if point.shifts == "recorded"
+        }
+        for carry, logs in recorded.items():
+            for place, k in enumerate(plan.ks):
+                if carry != "shift" and k >= 10:
+                    both = np.isfinite(logs[:, place]) & np.isfinite(recorded["shift"][:, place])
+                    mine, yours = (dict(enumerate(x[both, place])) for x in (logs, recorded["shift"]))
+                    test = paired_test(mine, yours)
+                    found.append(Comparison(network, carry, k, test.difference, test.p))
+    corrected = iter(holm([one.p for one in found if one.p is not None]))
+    return [one if one.p is None else replace(one, p=next(corrected)) for one in found]
