@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 UNITS, SETTINGS = "units.jsonl", "settings.json"
 
 
-def run_experiment(out: Path, recipe: str | None = None, overrides: Sequence[str] = (), *, quick: bool = False) -> None:
+def run_experiment(
+    out: Path, recipe: str | None = None, overrides: Sequence[str] = (), *, plan: Plan | None = None
+) -> None:
     """Measure every setting of the plan that `out` does not hold yet, then write figures, findings and the page.
 
     Raises:
