@@ -131,7 +131,7 @@ class Run {
     this.innerSteps = 0; // inner steps per task, replays included
     this.round = 0;
     this.k = 0;
-    this.diverged = null; // or {step, task}: where a number first was not finite
+    this.diverged = null; // or {step, task}: the first theta that was not finite, or phi where task is null
     this.done = false;
     this.reset();
     this.steps = this.algorithm();
@@ -187,7 +187,9 @@ class Run {
       const after = plus(before, velocity, -this.innerLr);
       this.velocity[task] = velocity;
       this.metagrad.observe(task, { loss, gradient, move: minus(after, before) });
-      if (!this.diverged && !(Number.isFinite(loss) && finite(after))) this.diverged = { step: (this.round - 1) * this.horizon + k, task };
+      if (!this.diverged && !(Number.isFinite(loss) && finite(after))) {
+        this.diverged = { step: (this.round - 1) * this.horizon + k, task };
+      }
       return after;
     });
   }
@@ -198,6 +200,7 @@ class Run {
     const delta = [0, 1].map((i) => -this.metaLr * mean(gradients.map((gradient) => gradient[i])));
     this.phi = plus(this.phi, delta);
     this.path.push(this.phi);
+    if (!finite(this.phi)) this.diverged = { step: this.step, task: null };
     this.costs.push(this.innerSteps);
     return delta;
   }

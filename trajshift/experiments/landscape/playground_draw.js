@@ -1,4 +1,4 @@
-// The playground's pens, colours and map. Sizes are CSS pixels.
+// The playground's colours, map, pens and words. Sizes are CSS pixels.
 
 // Tol's "muted" scheme: eight colours that stay apart with any colour vision; each theta also carries its number.
 const TASKS = ["#882255", "#ddcc77", "#117733", "#88ccee", "#cc6677", "#44aa99", "#332288", "#999933"];
@@ -43,7 +43,8 @@ class QualityMap {
   }
 
   values(side) {
-    return Array.from({ length: side * side }, (_, i) => this.landscape.quality(this.point(side, i % side, Math.floor(i / side))));
+    const at = (i) => this.point(side, i % side, Math.floor(i / side));
+    return Array.from({ length: side * side }, (_, i) => this.landscape.quality(at(i)));
   }
 
   paint(image, row) {
@@ -135,12 +136,19 @@ function drawAxes(pen, size, at, low, high) {
   }
 }
 
-/** A grid line of the chart with its label. */
-function rule(pen, value, ends, side) {
+/** A grid line of the chart. */
+function rule(pen, ...ends) {
   line(pen, ends, 1, { colour: "#e3e6e8", casing: null, dash: [] });
-  const [x, y] = ends[0];
-  const text = value >= 1e4 ? `${value / 1e3}k` : String(value);
-  write(pen, text, side === "left" ? [x - 6, y] : [x, y + 9], "#666", "11px system-ui, sans-serif", false, side === "left" ? "right" : "center");
+}
+
+/** Small print of the chart. */
+function label(pen, text, spot, align) {
+  write(pen, text, spot, "#555", "11.5px system-ui, sans-serif", false, align);
+}
+
+/** A power of ten. */
+function tick(power) {
+  return power < 4 ? String(10 ** power) : `${10 ** (power - 3)}k`;
 }
 
 /** A spot on the canvas, or where the way to it from the middle meets the edge. */
@@ -160,3 +168,14 @@ function lastFinite(path) {
   for (let i = path.length - 1; i > 0; i--) if (finite(path[i])) return path[i];
   return path[0];
 }
+
+const pretty = (name) => (name[0].toUpperCase() + name.slice(1)).replace("-", " ").replace("Fomaml", "FOMAML");
+const count = (number) => number.toLocaleString("en-US");
+const short = (number, digits = 3) => {
+  if (!Number.isFinite(number)) return "not finite";
+  if (Math.abs(number) >= 1e4) return number.toExponential(1).replace("e+", "e");
+  return Math.abs(number) < 1 ? number.toFixed(digits) : number.toPrecision(digits);
+};
+const coordinates = (point) => (finite(point) ? point.map((x) => short(x, 4)).join(", ") : "not finite");
+const element = (tag, fields) => Object.assign(document.createElement(tag), fields);
+const list = (words) => words.join(", ").replace(/, (\S+)$/, " and $1");

@@ -18,23 +18,14 @@ const STORIES = [
   ["Too large a step", { innerLr: 0.2, start: [5, 5] },
     "With α = 0.2 shifting diverges in its first round, and Reptile in its second: the learners overflow."],
 ];
-const pretty = (name) => name[0].toUpperCase() + name.slice(1).replace("-", " ");
-const count = (number) => number.toLocaleString("en-US");
-const short = (number, digits = 3) => {
-  if (!Number.isFinite(number)) return "not finite";
-  if (Math.abs(number) >= 1e4) return number.toExponential(1).replace("e+", "e");
-  return Math.abs(number) < 1 ? number.toFixed(digits) : number.toPrecision(digits);
-};
-const place = (point) => (finite(point) ? point.map((x) => short(x, 4)).join(", ") : "not finite");
-const list = (words) => words.join(", ").replace(/, (\S+)$/, " and $1");
+const HURRY = 50; // how much faster the slower method is played once the other is done
 
 class Playground {
   constructor(root, data) {
     this.root = root;
     this.data = data;
     this.settings = { ...DEFAULTS };
-    this.landscapes = {};
-    this.maps = {};
+    this.maps = {}; // by variant of the tasks, made when first shown
     this.playing = this.rushing = this.dragging = false;
     this.find = (selector) => root.querySelector(selector);
     this.out = (name, text) => { this.find(`[data-out="${name}"]`).textContent = text; };
@@ -65,8 +56,8 @@ class Playground {
   buildSlider(label) {
     const { name, min, max } = label.dataset;
     const whole = Number.isInteger(Number(min));
-    const field = Object.assign(document.createElement("input"), { type: "number", name, min, max, step: whole ? 1 : "any" });
-    const range = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 1, step: 0.002 });
+    const field = element("input", { type: "number", name, min, max, step: whole ? 1 : "any" });
+    const range = element("input", { type: "range", min: 0, max: 1, step: 0.002 });
     range.setAttribute("aria-label", label.textContent.trim());
     label.append(range, field);
     const clamp = (value) => Math.min(Number(max), Math.max(Number(min), whole ? Math.round(value) : value));
@@ -81,7 +72,7 @@ class Playground {
 
   buildStories() {
     for (const story of STORIES) {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: story[0] });
+      const button = element("button", { type: "button", textContent: story[0] });
       button.addEventListener("click", () => this.show(story));
       this.find(".tsp-stories").append(button);
     }
@@ -103,8 +94,11 @@ class Playground {
     }
     this.out("caption", story ? story[2] : "");
     const { variant } = this.settings;
-    this.landscape = this.landscapes[variant] || (this.landscapes[variant] = new Landscape(this.data.landscapes[variant]));
-    this.map = this.maps[variant] || (this.maps[variant] = new QualityMap(this.landscape, this.data.domain));
+    if (!this.maps[variant]) {
+      this.maps[variant] = new QualityMap(new Landscape(this.data.landscapes[variant]), this.data.domain);
+    }
+    this.map = this.maps[variant];
+    this.landscape = this.map.landscape;
     this.restart();
     this.rushing = !this.playing || this.dragging;
   }
@@ -124,9 +118,9 @@ class Playground {
     this.runs = [method, rival].filter(Boolean).map((name) => {
       const choices = this.data.methods[name];
       const every = budget === "updates" ? cadence(choices.every, horizon) : 1;
-      return new Run(this.landscape, { ...this.settings, ...choices, name, rounds: rounds * every });
+      const run = new Run(this.landscape, { ...this.settings, ...choices, rounds: rounds * every });
+      return Object.assign(run, { name, label: pretty(name) });
     });
-    this.names = [method, rival].filter(Boolean);
     this.qualities = this.runs.map(() => []); // of the points of each path, as far as computed
     this.trail = [this.runs[0].theta]; // theta since the last reset
     this.startQuality = this.landscape.quality(this.settings.start);
@@ -172,8 +166,8 @@ class Playground {
     if (this.rushing) {
       for (const end = performance.now() + 20; !this.done && performance.now() < end; ) this.step();
     } else if (this.playing && !this.dragging) {
-      const alone = this.runs.some((run) => run.done) ? 50 : 1; // the one left over is hurried on
-      for (this.owed += this.speed * alone * elapsed; this.owed >= 1 && !this.done; this.owed--) this.step();
+      const hurry = this.runs.some((run) => run.done) ? HURRY : 1;
+      for (this.owed += this.speed * hurry * elapsed; this.owed >= 1 && !this.done; this.owed--) this.step();
     }
     if (this.done) {
       this.rushing = false;
@@ -197,7 +191,7 @@ class Playground {
     return changed;
   }
 
-  // -- reading ---------------------------------------------------------------------------------------------
+  // -- input -----------------------------------------------------------------------------------------------
 
   listen() {
     const actions = {
@@ -229,7 +223,9 @@ class Playground {
     };
     stage.addEventListener("pointerup", drop);
     stage.addEventListener("pointercancel", () => { this.dragging = false; });
-    stage.addEventListener("click", (event) => { if (event.pointerType === "touch" && event.target !== handle) move(event); });
+    stage.addEventListener("click", (event) => {
+      if (event.pointerType === "touch" && event.target !== handle) move(event);
+    });
     handle.addEventListener("keydown", (event) => {
       const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
       if (!way) return;
@@ -274,7 +270,8 @@ class Playground {
     const [left, top] = at(this.settings.start);
     const handle = this.find(".tsp-start");
     Object.assign(handle.style, { left: `${left}px`, top: `${top}px` });
-    handle.setAttribute("aria-label", `Start of phi at ${place(this.settings.start)}; arrow keys move it, with Shift further`);
+    const where = coordinates(this.settings.start);
+    handle.setAttribute("aria-label", `Start of phi at ${where}; arrow keys move it, with Shift further`);
     drawAxes(pen, size, at, low, high);
     this.landscape.centres.forEach((centre, task) => write(pen, "+", at(centre), TASKS[task], "bold 17px sans-serif"));
     const [first] = this.runs;
@@ -305,26 +302,33 @@ class Playground {
   /** Quality of phi against inner steps per task, both logarithmic. */
   drawChart() {
     const { pen, size } = sheet(this.find(".tsp-chart"));
-    const shown = this.qualities.map((values, place) =>
-      values.map((value, i) => [this.runs[place].costs[i], value]).filter(([, value]) => Number.isFinite(value)));
-    const all = shown.flat().map(([, value]) => Math.min(value, 1e4)).concat(0.1, 10); // beyond, lines leave the chart
-    const low = Math.floor(Math.log10(Math.min(...all))), high = Math.ceil(Math.log10(Math.max(...all)));
+    const curves = this.qualities.map((values, place) =>
+      values.map((value, i) => [this.runs[place].costs[i] + 1, value]).filter(finite));
+    const heights = curves.flat().map(([, value]) => Math.min(value, 1e4)).concat(0.1, 10); // what is higher leaves
+    const low = Math.floor(Math.log10(Math.min(...heights))), high = Math.ceil(Math.log10(Math.max(...heights)));
     const wide = Math.ceil(Math.log10(Math.max(100, ...this.runs.map((run) => run.innerSteps))));
-    const box = { left: 44, right: size[0] - 16, top: 22, bottom: size[1] - 30 };
-    const at = ([steps, value]) => [
-      box.left + (Math.log10(steps + 1) / wide) * (box.right - box.left),
-      box.bottom - ((Math.log10(value) - low) / (high - low)) * (box.bottom - box.top)];
-    pen.lineWidth = 1;
-    for (let power = low; power <= high; power++) rule(pen, 10 ** power, [at([0, 10 ** power]), [box.right, at([0, 10 ** power])[1]]], "left");
-    for (let power = 0; power <= wide; power++) rule(pen, 10 ** power, [at([10 ** power - 1, 10 ** low]), [at([10 ** power - 1, 1])[0], box.top]], "below");
-    write(pen, "quality of φ (lower is better)", [0, 8], "#444", "12px system-ui, sans-serif", false, "left");
-    write(pen, "inner steps per task, replays included", [box.right, size[1] - 6], "#444", "12px system-ui, sans-serif", false, "right");
+    const [left, right, top, bottom] = [44, size[0] - 16, 22, size[1] - 30];
+    const across = (steps) => left + (Math.log10(steps) / wide) * (right - left);
+    const down = (value) => bottom - ((Math.log10(value) - low) / (high - low)) * (bottom - top);
+    for (let power = low; power <= high; power++) {
+      const y = down(10 ** power);
+      rule(pen, [left, y], [right, y]);
+      label(pen, tick(power), [left - 6, y], "right");
+    }
+    for (let power = 0; power <= wide; power++) {
+      const x = across(10 ** power);
+      rule(pen, [x, top], [x, bottom]);
+      label(pen, tick(power), [x, bottom + 9], "center");
+    }
+    label(pen, "quality of φ (lower is better)", [0, 8], "left");
+    label(pen, "inner steps per task, replays included", [right, size[1] - 6], "right");
     pen.beginPath();
-    pen.rect(box.left - 5, box.top - 5, size[0], box.bottom - box.top + 10);
+    pen.rect(left - 5, top - 5, size[0], bottom - top + 10);
     pen.clip();
-    shown.forEach((points, place) => {
-      line(pen, points.map(at), 2, { ...LOOKS[place], casing: null });
-      if (points.length) circle(pen, at(points[points.length - 1]), 3.5, LOOKS[place].colour, "#fff");
+    curves.forEach((curve, place) => {
+      const points = curve.map(([steps, value]) => [across(steps), down(value)]);
+      line(pen, points, 2, { ...LOOKS[place], casing: null });
+      if (points.length) circle(pen, points[points.length - 1], 3.5, LOOKS[place].colour, "#fff");
     });
   }
 
@@ -334,51 +338,57 @@ class Playground {
       ["k", (run) => `${run.k} of ${run.horizon}`],
       ["inner steps per task", (run) => count(run.innerSteps)],
       ["meta-updates", (run) => count(run.metaUpdates)],
-      ["φ", (run) => place(run.phi)],
+      ["φ", (run) => coordinates(run.phi)],
       ["mean loss of the θ", (run) => short(run.meanLoss())],
       [`quality of φ (start: ${short(this.startQuality)})`, (run) => short(this.landscape.quality(run.phi))],
     ];
-    for (const column of [0, 1]) this.out(`name-${column}`, this.names[column] ? pretty(this.names[column]) : "");
-    const cells = rows.map(([title, read]) => [title, ...this.runs.map(read)]);
-    this.find(".tsp-numbers tbody").replaceChildren(...cells.map((texts, row) => {
-      const line = document.createElement("tr");
-      line.classList.toggle("tsp-strong", row === rows.length - 1);
-      line.append(...texts.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
-      return line;
+    const table = [["", ...this.runs.map((run) => run.label)]];
+    for (const [title, read] of rows) table.push([title, ...this.runs.map(read)]);
+    this.find(".tsp-numbers").replaceChildren(...table.map((texts, place) => {
+      const row = element("tr", {});
+      row.append(...texts.map((textContent) => element(place ? "td" : "th", { textContent })));
+      return row;
     }));
+    this.out("python", this.python());
     this.find("[data-out=mean]").hidden = !this.pullsToMean;
   }
 
   /** Whether phi of the first method moves towards the mean of theta. */
   get pullsToMean() { return this.data.methods[this.settings.method].metagrad === "displacement"; }
 
+  /** The same runs in Python. */
+  python() {
+    const { start, horizon, innerLr, metaLr, variant } = this.settings;
+    const calls = this.runs.map(({ name, rounds }) =>
+      `run("${name}", [[${start.join(", ")}]], tasks=tasks("${variant}"), horizon=${horizon}, rounds=${rounds}, ` +
+      `inner_lr=${innerLr}, meta_lr=${metaLr}).phi[-1]`);
+    return ["from trajshift.experiments.landscape import run, tasks", ...calls].join("\n");
+  }
+
   /** What is going on, in words; divergence first. */
   status() {
     const [low, high] = this.data.domain;
     const outside = (point) => point.some((x) => x < low || x > high);
     const said = [];
-    this.runs.forEach((run, place) => {
-      const name = pretty(this.names[place]);
-      if (run.diverged) {
-        const { step, task } = run.diverged;
-        said.push(`${name} diverged: θ ${task + 1} is not finite at inner step ${count(step)}.`);
-      } else if (outside(run.phi)) said.push(`φ of ${name} has left the picture.`);
-    });
+    for (const { label, diverged, phi } of this.runs) {
+      const what = diverged && (diverged.task === null ? "φ" : `θ ${diverged.task + 1}`);
+      if (diverged) said.push(`${label} diverged: ${what} is not finite at inner step ${count(diverged.step)}.`);
+      else if (outside(phi)) said.push(`φ of ${label} has left the picture.`);
+    }
     if (this.runs.some((run) => run.diverged)) said.push("Try a smaller α or β.");
     const away = this.runs[0].theta.flatMap((point, task) => (outside(point) ? [task + 1] : []));
     if (away.length && !this.runs[0].diverged) said.push(`Outside the picture, drawn at its edge: θ ${list(away)}.`);
-    const left = this.runs.findIndex((run) => !run.done);
+    const late = this.runs.find((run) => !run.done);
     if (!this.playing && this.runs.every((run) => run.innerSteps === 0)) said.push("Press Play, or drag the ring.");
-    if (left < 0) said.push(this.verdict());
-    else if (this.playing && this.runs.some((run) => run.done)) said.push(`${pretty(this.names[left])} still needs inner steps: played 50 times faster.`);
+    if (!late) said.push(...this.runs.filter((run) => !run.diverged).map((run) => this.verdict(run)));
+    else if (this.playing && this.runs.some((run) => run.done)) {
+      said.push(`${late.label} is not done yet: played ${HURRY} times faster.`);
+    }
     return said.join(" ");
   }
 
-  verdict() {
-    return this.runs.filter((run) => !run.diverged).map((run) => {
-      const name = pretty(this.names[this.runs.indexOf(run)]);
-      return `${name} ends at ${short(this.landscape.quality(run.phi))} after ${count(run.innerSteps)} inner steps.`;
-    }).join(" ");
+  verdict({ label, phi, innerSteps }) {
+    return `${label} ends at ${short(this.landscape.quality(phi))} after ${count(innerSteps)} inner steps.`;
   }
 }
 
