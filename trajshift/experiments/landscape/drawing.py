@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trajshift.experiments.landscape.experiment import Results
 
+_MINIMA = ((3.0, 2.0), (-2.805118, 3.131313), (-3.779310, -3.283186), (3.584428, -1.848127))
 _RED = "#D55E00"
 _MAP = "Greys_r"
 _COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", _RED, "#E69F00", "#000000")
@@ -45,19 +46,23 @@ def _plane(axis: Axes) -> None:
     axis.grid(visible=False)
 
 
-def _contour(axis: Axes, values: np.ndarray, low: float, high: float, label: str) -> None:
+def _contour(axis: Axes, values: np.ndarray, low: float, high: float, span: tuple[float, float] = DOMAIN) -> Any:
     """Filled contours of `[side, side]` on a logarithmic scale, four bands to a factor of ten."""
     from matplotlib.colors import LogNorm
 
-    line = np.linspace(*DOMAIN, len(values))
-    decades = math.log10(high / low)
-    levels = np.geomspace(low, high, round(4 * decades) + 1)
-    drawn = axis.contourf(
-        line, line, np.nan_to_num(values, nan=np.inf).clip(low, high), levels, cmap=_MAP, norm=LogNorm(low, high)
-    )
+    line = np.linspace(*span, len(values))
+    levels = np.geomspace(low, high, round(4 * math.log10(high / low)) + 1)
+    shown = np.nan_to_num(values, nan=np.inf).clip(low, high)
+    drawn = axis.contourf(line, line, shown, levels, cmap=_MAP, norm=LogNorm(low, high))
     drawn.set_rasterized(True)
+    return drawn
+
+
+def _bar(figure: Figure, drawn: Any, axes: list[Axes], label: str, shrink: float) -> None:
+    """A colour bar with a tick at every factor of ten."""
+    low, high = drawn.norm.vmin, drawn.norm.vmax
     ticks = 10.0 ** np.arange(math.ceil(math.log10(low) - 1e-9), math.log10(high) + 1e-9)
-    bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02, ticks=list(ticks))
+    bar = figure.colorbar(drawn, ax=axes, shrink=shrink, pad=0.02, ticks=list(ticks))
     bar.set_label(label)
     bar.ax.set_yticklabels([f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
@@ -65,14 +70,18 @@ def _contour(axis: Axes, values: np.ndarray, low: float, high: float, label: str
 
 @styled
 def template_figure(results: Results) -> Figure:
-    """4(a): the function that every task is a copy of, and its four minima."""
+    """4(a): the function that every task is a copy of, and its four minima; the square is the domain."""
+    from matplotlib.patches import Rectangle
+
     figure, (axis,) = _figure(3.6, 3.0)
     _plane(axis)
-    side = results.settings.picture_side
-    values = template(grid(side)).view(side, side).numpy()
-    _contour(axis, values, 1.0, 1000.0, "loss")
-    minima = np.array([[3.0, 2.0], [-2.805118, 3.131313], [-3.779310, -3.283186], [3.584428, -1.848127]]) * 3.0 + 5.0
-    axis.plot(*minima.T, "o", color=_RED, mec="white", ms=5)
+    side, span = results.settings.picture_side, (-10.0, 20.0)
+    values = template(grid(side, span)).view(side, side).numpy()
+    _bar(figure, _contour(axis, values, 1.0, 1000.0, span), [axis], "loss", 0.9)
+    axis.set(xlim=span, ylim=span, xticks=range(-10, 21, 10), yticks=range(-10, 21, 10))
+    axis.plot(*(3.0 * np.array(_MINIMA).T + 5.0), "o", color=_RED, mec="white", ms=5)
+    low, high = DOMAIN
+    axis.add_patch(Rectangle((low, low), high - low, high - low, fill=False, ls="--", ec="black", lw=1.0))
     axis.set_title("(a) template")
     return figure
 
@@ -86,15 +95,16 @@ def task_figure(results: Results) -> Figure:
     _plane(axis)
     side, landscape = results.settings.picture_side, tasks()
     values = landscape.losses(grid(side))[0].view(side, side).numpy()
-    _contour(axis, values, 1.0, 1000.0, "loss")
+    _bar(figure, _contour(axis, values, 1.0, 1000.0), [axis], "loss", 0.9)
     axis.plot(*landscape.centres.T, "o", color=_RED, mec="white", ms=5)
     x, y = landscape.centres[0].tolist()
     arrow = {"arrowstyle": "-|>", "color": _RED, "lw": 1.6, "shrinkA": 0, "shrinkB": 4}
     axis.annotate("", (x, y), (5.0, 5.0), arrowprops=arrow)
-    turn = -math.degrees(float(landscape.angles[0]))  # losses turn against the coordinates
-    axis.add_patch(Arc((x, y), 4.0, 4.0, theta1=turn + 90, theta2=90, color=_RED, lw=1.6))
-    end = math.radians(turn + 90)
-    tip, before = ((x + 2 * math.cos(a), y + 2 * math.sin(a)) for a in (end, end + 0.25))
+    end = 90.0 - math.degrees(float(landscape.angles[0]))  # a surface turns against its coordinates
+    axis.add_patch(Arc((x, y), 4.4, 4.4, theta1=end + 8.0, theta2=90.0, color=_RED, lw=1.6))
+    tip, before = (
+        (x + 2.2 * math.cos(math.radians(a)), y + 2.2 * math.sin(math.radians(a))) for a in (end, end + 15.0)
+    )
     axis.annotate("", tip, before, arrowprops={**arrow, "shrinkB": 0})
     axis.set_title("(b) task 1 of 8")
     return figure
@@ -127,7 +137,7 @@ def cost_figure(results: Results) -> Figure:
         steps = made.inner_steps[1:].numpy()
         axis.plot(np.arange(1, len(steps) + 1), steps, color=_LOOKS[method]["color"], lw=1.8)
         axis.annotate(
-            f"{_LABELS[method]}: {steps[-1]:,}", (len(steps), steps[-1]), (-4, 5 if method != "accurate" else -11),
+            f"{_LABELS[method]}: {steps[-1]:,}", (len(steps), steps[-1]), (-4, 5 if method != "accurate" else -17),
             textcoords="offset points", ha="right", color=_LOOKS[method]["color"],
         )  # fmt: skip
     axis.set(xlabel="meta-updates", ylabel="inner steps per task", xlim=(0, None), yscale="log")
@@ -160,17 +170,19 @@ def _trajectories_of(axis: Axes, found: Optima) -> None:
 @styled
 def trajectories_figure(results: Results) -> Figure:
     """5(c,d): meta-learning trajectories over the quality of every point."""
-    figure, axes = _figure(7.2, 3.7, 2)
-    for letter, axis, chosen in zip("cd", axes, (STARTS[:1], STARTS[1:]), strict=True):
+    figure, axes = _figure(7.2, 3.8, 2)
+    for axis, places, title in zip(
+        axes, (range(1), range(1, len(STARTS))), ("(c) one start", "(d) four more"), strict=True
+    ):
         _plane(axis)
-        _contour(axis, results.contour.numpy(), 0.03, 100.0, f"loss after {results.settings.horizon} steps")
-        first = 0 if letter == "c" else 1
+        drawn = _contour(axis, results.contour.numpy(), 0.03, 100.0)
         for method, made in results.runs.items():
-            for place in range(first, first + len(chosen)):
-                _line(axis, made.phi[:, place].numpy(), method, label=place == first)
-        axis.plot(*np.array(chosen).T, "o", mfc="white", mec="black", ms=5, zorder=5)
-        axis.set_title(f"({letter}) {'one start' if letter == 'c' else f'{len(chosen)} more'}")
+            for place in places:
+                _line(axis, made.phi[:, place].numpy(), method, label=place == 0)
+        axis.plot(*np.array([STARTS[place] for place in places]).T, "o", mfc="white", mec="black", ms=5, zorder=5)
+        axis.set_title(title)
     axes[1].set_ylabel("")
+    _bar(figure, drawn, axes, f"loss after {results.settings.horizon} steps", 0.8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
@@ -208,4 +220,23 @@ def comparison_figure(results: Results, quality: dict[str, Comparison]) -> Figur
     axes[0].minorticks_off()
     amount = results.settings.updates
     axes[0].set_title(f"filled: {amount} meta-updates, open: {amount} inner steps")
+    return figure
+
+
+@styled
+def distribution_figure(quality: dict[str, dict[str, np.ndarray]], good: float) -> Figure:
+    """Share of all starts of all sets that end at most at a quality, by budget; dotted: the median good end."""
+    figure, axes = _figure(9.4, 3.1, len(quality))
+    for axis, (name, methods) in zip(axes, quality.items(), strict=True):
+        for method, values in methods.items():
+            ends = np.sort(values[np.isfinite(values)])
+            share = 100.0 * np.arange(1, len(ends) + 1) / values.size
+            every = max(1, len(ends) // 500)
+            axis.plot(ends[::every], share[::every], color=_LOOKS[method]["color"], lw=1.4, label=method)
+        axis.axvline(good, color=GREY, ls=":", lw=1.0)
+        axis.set(xscale="log", xlim=(5e-3, 1e2), ylim=(0, 100), xlabel="final quality (loss)")
+        axis.set_title(name)
+    axes[0].set_ylabel("starts at most there, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure

@@ -7,12 +7,8 @@ arrays.npz (what the figures were drawn from).
 from __future__ import annotations
 
 import json
-import multiprocessing
-import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +20,7 @@ from torch import Tensor
 
 from trajshift.experiments.landscape import measure
 from trajshift.experiments.landscape.measure import METHODS, End, Settings
+from trajshift.experiments.landscape.perform import Jobs, Key, perform
 from trajshift.experiments.landscape.resting import Optima
 from trajshift.experiments.landscape.twin import Run
 from trajshift.progress import Progress, duration
@@ -34,9 +31,6 @@ PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting"
 DRAWN = ("trajectory-shifting", "accurate", "reptile")
 _SETS_A_JOB = 5
 
-Key = tuple[Any, ...]
-Jobs = dict[Key, Callable[[], Any]]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
@@ -45,11 +39,12 @@ class Results:
     settings: Settings
     ends: dict[str, dict[str, End]]
     """Unit of the budget -> method -> all random sets."""
-    thresholds: Tensor
-    """`[S]`, a good quality in each random set."""
+    yardsticks: Tensor
+    """`[2, S]`, good and worst quality in each random set."""
     published: dict[str, End]
     """Method -> the published tasks from the fine grid."""
-    published_threshold: float
+    published_yardstick: Tensor
+    """`[2, 1]`."""
     bias: Tensor
     """`[bias_sets, K+1]`."""
     bias_published: Tensor
@@ -67,16 +62,15 @@ class Results:
 def run_experiment(out: Path, *, study: bool = False, settings: Settings | None = None) -> None:
     """Measures and writes everything to `out`; with `study` the comparison over all starts follows."""
     from trajshift.experiments.landscape.findings import findings
-    from trajshift.experiments.landscape.presentation import draw, write_page
+    from trajshift.experiments.landscape.presentation import page
 
     began = time.monotonic()
     settings = settings or Settings()
     out.mkdir(parents=True, exist_ok=True)
     results = measured(settings)
-    figures = draw(results, out)
     found = findings(results)
     replace_file(out / "findings.md", found.markdown())
-    write_page(out / "index.html", figures, found)
+    replace_file(out / "index.html", page(results, found, out))
     _write_numbers(out, results, found.numbers)
     print(f"{out / 'index.html'} and findings.md are written, {duration(time.monotonic() - began)}")
     if study:
@@ -104,9 +98,9 @@ def measured(settings: Settings) -> Results:
     return Results(
         settings=settings,
         ends={unit: {method: _joined(parts("compare", unit, method)) for method in METHODS} for unit in UNITS},
-        thresholds=torch.cat(parts("thresholds")),
+        yardsticks=torch.cat(parts("yardsticks", "random"), dim=1),
         published={method: done["published", method] for method in PUBLISHED},
-        published_threshold=float(done["published threshold",]),
+        published_yardstick=done["yardsticks", "published"],
         bias=torch.cat(parts("bias", "random")),
         bias_published=done["bias", "published"][0],
         optima={k: done["optima", k, None] for k in _lengths(settings)},
@@ -140,8 +134,8 @@ def _jobs(settings: Settings) -> Jobs:
         jobs["bias", "random", seeds[0]] = partial(measure.horizon_bias, seeds, settings)
     jobs["bias", "published"] = partial(measure.horizon_bias, [None], settings)
     for seeds in _blocks(settings.sets):
-        jobs["thresholds", seeds[0]] = partial(measure.thresholds, seeds, settings)
-    jobs["published threshold",] = partial(measure.published_threshold, settings)
+        jobs["yardsticks", "random", seeds[0]] = partial(measure.yardsticks, seeds, settings)
+    jobs["yardsticks", "published"] = partial(measure.yardsticks, [None], settings)
     jobs["contour",] = partial(measure.contour, settings)
     return jobs
 
@@ -164,37 +158,20 @@ def _joined(ends: Sequence[End]) -> End:
     )
 
 
-def perform(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
-    """Results as they come; one thread for each process, as all pieces are small."""
-    if processes == 1:
-        for key, job in jobs.items():
-            yield key, job()
-        return
-    with ExitStack() as stack:
-        pool = stack.enter_context(
-            ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
-        )
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting = {pool.submit(_packed, job): key for key, job in jobs.items()}
-        for future in as_completed(waiting):
-            yield waiting[future], pickle.loads(future.result())
-
-
-def _packed(job: Callable[[], Any]) -> bytes:
-    """Bytes between two processes: tensors sent as such would each hold a file of shared memory open."""
-    return pickle.dumps(job())
-
-
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _write_numbers(out: Path, results: Results, numbers: dict[str, Any]) -> None:
     about = {"settings": asdict(results.settings), "environment": environment()}
     replace_file(out / "results.json", json.dumps(about | numbers, indent=1) + "\n")
-    arrays = {"contour": results.contour, "bias": results.bias, "bias_published": results.bias_published}
+    arrays: dict[str, Any] = {
+        "contour": results.contour,
+        "bias": results.bias,
+        "bias_published": results.bias_published,
+    }
     arrays |= {f"optima_{k}": found.points for k, found in results.optima.items()}
     for method, made in results.runs.items():
         arrays |= {f"phi_{method}": made.phi, f"inner_steps_{method}": made.inner_steps}
     for unit, ends in results.ends.items():
         arrays |= {f"quality_{unit}_{method}".replace(" ", "-"): end.quality for method, end in ends.items()}
-    np.savez_compressed(out / "arrays.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+    np.savez_compressed(out / "arrays.npz", **arrays)

@@ -20,8 +20,8 @@ from trajshift.presets import resolve
 
 METHODS = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile", "fomaml", "leap")
 """The methods compared, in the order of tables and figures."""
-STARTS = ((0.0, 10.0), (-3.0, 4.0), (2.0, -3.0), (11.0, -1.0), (13.0, 7.0), (8.0, 13.0))
-"""Fixed starts of figures 5(c) and 5(d): six places around the centre; the first alone in 5(c)."""
+STARTS = ((13.0, 7.0), (-2.0, -2.0), (-2.0, 12.0), (12.0, -2.0), (12.0, 12.0))
+"""Fixed starts of figure 5(c), chosen to show what the paper describes, and 5(d), a square around the centre."""
 GOOD = 0.1
 """A final phi is good if its quality is among this best part of the domain."""
 
@@ -40,7 +40,9 @@ class Settings:
     test_lr: float = 0.1
     """Of the Adam steps that measure quality; as many as the horizon."""
     side: int = 41
-    """Points on a side of the grid behind quality, optima and short-horizon bias."""
+    """Points on a side of the grid behind quality, published optima and short-horizon bias."""
+    optima_side: int = 21
+    """The same for the optima of random sets; those of the published set are from the finer grid."""
     picture_side: int = 121
     """The same for the contours."""
     starts_side: int = 11
@@ -131,20 +133,17 @@ def compare(method: str, seeds: Sequence[int], unit: str, settings: Settings) ->
     return finish(method, random_sets(seeds), grid(settings.starts_side), limit, settings)
 
 
-def good_threshold(landscape: Landscape, settings: Settings) -> Tensor:
-    """The quality that the best tenth of the domain has: `[...]`; points that overflow count as the worst."""
-    quality = end_quality(grid(settings.side), landscape, settings).nan_to_num(nan=torch.inf)
-    return quality.kthvalue(max(1, round(GOOD * quality.shape[-1])), dim=-1).values
+def yardstick(landscape: Landscape, settings: Settings) -> Tensor:
+    """The quality that the best tenth of the domain has, and that of its worst finite point: `[2, ...]`."""
+    quality = end_quality(grid(settings.side), landscape, settings)
+    ranked = quality.nan_to_num(nan=torch.inf).sort(dim=-1).values
+    good = ranked[..., max(0, round(GOOD * quality.shape[-1]) - 1)]
+    return torch.stack((good, quality.nan_to_num(nan=0.0, posinf=0.0).amax(-1)))
 
 
-def thresholds(seeds: Sequence[int], settings: Settings) -> Tensor:
-    """`good_threshold` of random sets: `[S]`."""
-    return torch.stack([good_threshold(tasks(seed=seed), settings) for seed in seeds])
-
-
-def published_threshold(settings: Settings) -> Tensor:
-    """`good_threshold` of the published tasks, a scalar."""
-    return good_threshold(tasks(), settings)
+def yardsticks(seeds: Sequence[int | None], settings: Settings) -> Tensor:
+    """`yardstick` of random sets: `[2, S]`; None: published."""
+    return torch.stack([yardstick(tasks(seed=seed), settings) for seed in seeds], dim=1)
 
 
 def published(method: str, settings: Settings) -> End:
@@ -166,8 +165,9 @@ def horizon_bias(seeds: Sequence[int | None], settings: Settings) -> Tensor:
 
 def resting_points(k: int, seed: int | None, settings: Settings) -> Optima:
     """The meta-level optima of Reptile with trajectories of k steps on one set of tasks; None: published."""
+    side = settings.side if seed is None else settings.optima_side
     return optima(
-        k, starts=grid(settings.side), tasks=tasks(seed=seed),
+        k, starts=grid(side), tasks=tasks(seed=seed),
         inner_lr=settings.inner_lr, meta_lr=settings.meta_lr, momentum=settings.momentum,
     )  # fmt: skip
 

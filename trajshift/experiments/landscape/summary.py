@@ -45,7 +45,7 @@ class Comparison:
     """All methods at one budget."""
 
     mean: PerSet
-    """Mean final quality over the starts that no method made overflow."""
+    """Mean final quality over the starts that no method made overflow, none worse than the worst of the domain."""
     median: PerSet
     """Median over all starts; overflow is worse than any number."""
     good: PerSet
@@ -65,21 +65,37 @@ class Comparison:
         return family([paired_test(values[first], values[second], (first, second)) for first, second in PAIRS])
 
 
-def compared(quality: Mapping[str, Array], thresholds: Array) -> Comparison:
-    """Methods with quality `[S, N]` each, not finite where a start overflowed; `thresholds` `[S]` of a good end."""
+def compared(quality: Mapping[str, Array], yardsticks: Array) -> Comparison:
+    """Methods with quality `[S, N]` each, not finite where a start overflowed; `yardsticks` `[2, S]`: good, worst."""
+    good, worst = yardsticks[:, :, None]
     finite = np.logical_and.reduce([np.isfinite(q) for q in quality.values()])
     with_worst = {method: np.where(np.isfinite(q), q, np.inf) for method, q in quality.items()}
+    capped = {method: np.minimum(q, worst) for method, q in with_worst.items()}
 
     def by_set(values: Sequence[float]) -> dict[int, float]:
         return {index: float(value) for index, value in enumerate(values)}
 
     return Comparison(
-        mean={m: by_set([q[s][finite[s]].mean() for s in range(len(q))]) for m, q in quality.items()},
+        mean={m: by_set([row[kept].mean() for row, kept in zip(q, finite, strict=True)]) for m, q in capped.items()},
         median={m: by_set([float(np.median(row)) for row in q]) for m, q in with_worst.items()},
-        good={m: by_set(100.0 * (q <= thresholds[:, None]).mean(1)) for m, q in with_worst.items()},
+        good={m: by_set(100.0 * (q <= good).mean(1)) for m, q in with_worst.items()},
         starts=finite.size,
         left_out=int((~finite).sum()),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Header, rows and a caption."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self.caption}\n"
 
 
 def show(estimate: Estimate | None, digits: int = 3, sign: bool = False) -> str:

@@ -190,9 +190,9 @@ def template(points: Tensor | np.ndarray, variant: str = "published") -> Tensor:
     )[0]
 
 
-def grid(side: int = 41) -> Tensor:
-    """A square grid over the domain: `[side^2, 2]`, x running fastest."""
-    line = torch.linspace(*DOMAIN, side, dtype=torch.float64)
+def grid(side: int = 41, span: tuple[float, float] = DOMAIN) -> Tensor:
+    """A square grid over the domain, or another span of both coordinates: `[side^2, 2]`, x running fastest."""
+    line = torch.linspace(*span, side, dtype=torch.float64)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack((x.flatten(), y.flatten()), dim=1)
 

@@ -158,6 +158,8 @@ class _Twin:
         yield self._update()
         for _ in count() if rounds is None else range(rounds):
             self._begin()
+            if self.method.carry == "random":
+                self.directions = self._directions(horizon)
             for k in range(1, horizon + 1):
                 self._inner_step()
                 self.step += 1
@@ -198,18 +200,20 @@ class _Twin:
         if self.method.carry == "shift":
             self.theta += delta[:, None]
         elif self.method.carry == "random":
-            self.theta += self._directions() * torch.linalg.vector_norm(delta, dim=0)
+            self.theta += self.directions[k - 1] * torch.linalg.vector_norm(delta, dim=0)
         elif self.method.carry == "replay":
             self._begin()
             for _ in range(k):
                 self._inner_step()
         self.metagrad.carried(_rows(self.theta))
 
-    def _directions(self) -> Tensor:
-        """The core's own draws, one unit vector for each task and the same for all starts: `[2, T, ..., 1]`."""
-        keys = [key(self.seed, name, "direction", self.step) for name in self.landscape.names]
+    def _directions(self, horizon: int) -> Tensor:
+        """The core's own draws for a round: unit vectors `[K, 2, T, ..., 1]`, alike for all starts."""
+        steps = range(self.step + 1, self.step + horizon + 1)
+        keys = [key(self.seed, name, "direction", step) for step in steps for name in self.landscape.names]
         towards = _normals(keys)
-        return (towards / torch.linalg.vector_norm(towards, dim=0)).view(2, *self.landscape.angles.shape, 1)
+        towards /= torch.linalg.vector_norm(towards, dim=0)
+        return towards.view(2, horizon, *self.landscape.angles.shape, 1).transpose(0, 1)
 
 
 def _normals(keys: list[int]) -> Tensor:
