@@ -149,6 +149,11 @@ console.log(JSON.stringify(all.map((every) => [1, 7, 10, 100].map((horizon) => c
 # -- what the page says ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def html() -> str:
+    return playground_html()
+
+
 def _end(method: str, start: list[float], meta_updates: int = 300) -> tuple[float, int, torch.Tensor]:
     """Quality of the last phi, inner steps, and all phi, from one start at the published settings."""
     every = resolve(method, horizon=100).meta_every
@@ -192,8 +197,7 @@ def test_the_stories_are_true() -> None:
         assert finite.index(False) in (range(1, 101) if method != "reptile" else [rounds])
 
 
-def test_the_html_closes_no_script_early_and_fetches_nothing() -> None:
-    html = playground_html()
+def test_the_html_closes_no_script_early_and_fetches_nothing(html: str) -> None:
     assert html.count("</script") == 2
     assert "http" not in html
 
@@ -220,9 +224,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+def address(html: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     page = Page("Playground")
-    page.raw(playground_html())
+    page.raw(html)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(page.html(), encoding="utf-8")
     return path.as_uri()
