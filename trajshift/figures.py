@@ -129,7 +129,7 @@ def curve_figure(
             axis.plot(curve.x, y, label=curve.label, ms=4, lw=1.5, **style)
             axis.fill_between(curve.x, y - half, y + half, color=style["color"], alpha=0.14, lw=0)
         if log:
-            _log_axis(axis, sorted({x for curve in found for x in curve.x}))
+            log_axis(axis, sorted({x for curve in found for x in curve.x}))
         else:
             axis.set_xlim(left=0)
         axis.set_title(name)
@@ -233,7 +233,8 @@ def _level(axis: Axes, estimate: Estimate, scale: float, style: Mapping[str, Any
         axis.axhspan(scale * estimate.low, scale * estimate.high, color=style["color"], alpha=0.1, lw=0)
 
 
-def _log_axis(axis: Axes, places: Sequence[float]) -> None:
+def log_axis(axis: Axes, places: Sequence[float]) -> None:
+    """A logarithmic x axis whose ticks are at most six of the places."""
     axis.set_xscale("log")
     shown = places if len(places) <= 6 else places[:: -(-len(places) // 6)]
     axis.set_xticks(shown, [f"{place:g}" for place in shown])

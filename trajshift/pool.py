@@ -77,7 +77,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             staff = [_Worker(ready, results, file, threads) for _ in range(workers)]
-            with _stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
+            with stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
                 try:
                     for worker in staff:
                         worker.start()
@@ -124,7 +124,7 @@ def _wait(
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[None]:
+def stop_on_signal() -> Iterator[None]:
     """SIGTERM ends the wait as SIGINT does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajshift.commands import need_report_extra
 from trajshift.errors import UsageError
 from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks
-from trajshift.pool import cores
+from trajshift.pool import cores, stop_on_signal
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe, flatten
 from trajshift.rows import append_row, read_jsonl
@@ -73,6 +74,7 @@ def _measure(out: Path, recipe: Recipe, plan: Plan, missing: Sequence[tuple[Sett
     processes = min(cores(), len(missing))
     where = environment()
     with (
+        stop_on_signal(),
         Progress("approximation error", total, start=total - len(missing)) as progress,
         ProcessPoolExecutor(processes, get_context("spawn"), _open_laboratory, (recipe, plan)) as pool,
     ):
@@ -107,4 +109,7 @@ def _open_laboratory(recipe: Recipe, plan: Plan) -> None:
 
 
 def _measure_one(setting: Setting, draw: int) -> dict[str, Any]:
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
+        os._exit(1)
     return _laboratory.measure(setting, draw)

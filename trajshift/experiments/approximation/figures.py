@@ -9,7 +9,7 @@ import numpy as np
 
 from trajshift.experiments.approximation.plan import DISPLACEMENT, OPTIMIZERS, PRESCRIBED, Plan, Setting, scale
 from trajshift.experiments.approximation.summary import Comparison, Measured, Units, estimate, measured, varied
-from trajshift.figures import COLOURS, GREY, MARKERS, legend, styled
+from trajshift.figures import COLOURS, GREY, MARKERS, legend, log_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +64,9 @@ def error_figure(units: Units, plan: Plan, networks: Sequence[str], *, relative:
             f"meta-learning rate beta\n(alpha {middle_alpha:g}, k {last})",
             f"trajectory length k\n(alpha {middle_alpha:g}, beta {plan.beta:g})",
         )
-        for axis, title in zip(row, titles, strict=True):
-            axis.set(xscale="log", yscale="log")
-            axis.set_xlabel(title)
+        for axis, title, places in zip(row, titles, (alphas, plan.betas, plan.ks), strict=True):
+            axis.set(yscale="log", xlabel=title)
+            log_axis(axis, places)
     legend(figure, list(axes.flat))
     return figure
 
@@ -94,7 +94,8 @@ def order_figure(units: Units, plan: Plan, networks: Sequence[str], checks: Sequ
             "--", color=GREY, lw=1.1, label="equation 5, alpha h k far below 1", zorder=1,
         )  # fmt: skip
         axis.set_title(f"{shifts} shifts: k^{order}")
-        axis.set(xscale="log", yscale="log", xlabel="k")
+        axis.set(yscale="log", xlabel="k")
+        log_axis(axis, plan.ks)
     axes[0].set_ylabel("error, plain SGD")
     for index, check in enumerate(checks):
         look = {"color": COLOURS[2 + index], "label": f"quadratics, momentum {check.momentum:g} (line: closed form)"}
@@ -131,7 +132,8 @@ def shift_figure(found: Sequence[Comparison], networks: Sequence[str]) -> Figure
             axis.fill_between(ks, low, high, color=look["color"], alpha=0.14, lw=0)
         axis.axhline(1.0, color=GREY, lw=1.0, ls="--")
         axis.set_title(network)
-        axis.set(xscale="log", yscale="log", xlabel="k")
+        axis.set(yscale="log", xlabel="k")
+        log_axis(axis, sorted({one.k for one in found}))
     axes[0].set_ylabel("error / error of the identity shift")
     legend(figure, list(axes))
     return figure

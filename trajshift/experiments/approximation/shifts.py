@@ -7,9 +7,10 @@ With SGD and momentum mu (v <- mu v + g, theta <- theta - alpha v) an inner step
 
 To zeroth order in alpha h, dtheta_k = delta and dv_k = c_k H delta with c_k = (1 - mu^k) / (1 - mu): a translation
 leaves the velocity alone but for a term of order h min(k, 1 / (1 - mu)). To first order
-dtheta_k = (I - alpha sum_{i<=k} c_i H) delta, and sum_{i<=k} c_i is about k / (1 - mu) for k much above
-1 / (1 - mu): the contraction of k steps at the rate alpha / (1 - mu). The velocity term adds, over the steps to
-come, what about mu / (1 - mu) such steps contract. Shapes: T learners, P shared numbers.
+dtheta_k = (I - alpha S_k H) delta with S_k = c_1 + ... + c_k, about k / (1 - mu) for k much above 1 / (1 - mu): the
+contraction of k steps at the rate alpha / (1 - mu). What the identity leaves out of the velocity, c_k H delta, moves
+theta over the steps to come by alpha mu / (1 - mu) c_k H delta: as much as mu / (1 - mu) further steps would contract.
+Shapes: T learners, P shared numbers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def momentum(trainer: MetaTrainer) -> float:
     return float(trainer.inner.options.get("momentum", 0.0))
 
 
+def steepness(mu: float, k: int) -> float:
+    """c_k = (1 - mu^k) / (1 - mu): how many gradients a velocity that starts from zero is worth after k steps."""
+    return (1.0 - mu**k) / (1.0 - mu)
+
+
 def rate(trainer: MetaTrainer) -> float:
     """alpha / (1 - mu), the rate at which SGD with momentum descends in the long run."""
     return trainer.inner.lr / (1.0 - momentum(trainer))
@@ -51,10 +57,10 @@ def curvature(trainer: MetaTrainer, learner: Learner, direction: Tensor) -> Tens
 
 
 class ScalarShift(Carry):
-    """theta_t <- theta_t + s_t delta with s_t = exp(-alpha/(1-mu) sum of r): dU_k/dphi as a multiple of the identity.
+    """theta_t <- theta_t + s_t delta with s_t = exp(-alpha sum_i c_i r_i): dU_k/dphi as a multiple of the identity.
 
     r = delta' H delta / delta' delta is the curvature along the shift, measured every `EVERY` inner steps by one
-    Hessian-vector product; negative values count as zero.
+    Hessian-vector product and taken for that of all steps since the last; negative values count as zero.
     """
 
     def begin(self, trainer: MetaTrainer) -> None:
@@ -64,10 +70,11 @@ class ScalarShift(Carry):
     def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
         """Shifts every row by its own multiple of delta `[P]`."""
         if trainer.k % EVERY == 0:
-            size = torch.clamp_min(delta @ delta, torch.finfo(delta.dtype).tiny)
+            mu, size = momentum(trainer), torch.clamp_min(delta @ delta, torch.finfo(delta.dtype).tiny)
+            worth = sum(steepness(mu, k) for k in range(trainer.k - EVERY + 1, trainer.k + 1))
             for learner in trainer.learners:
                 along = (delta @ curvature(trainer, learner, delta)) / size
-                self._exponents[learner.row] += EVERY * rate(trainer) * along.clamp_min(0.0)
+                self._exponents[learner.row] += trainer.inner.lr * worth * along.clamp_min(0.0)
         trainer.theta.addcmul_(torch.exp(-self._exponents)[:, None], delta)
 
     def state(self) -> dict[str, Tensor]:
@@ -83,7 +90,7 @@ class DiagonalShift(Carry):
     """theta_t <- theta_t + exp(-alpha/(1-mu) sum_i B g_i^2) delta: dU_k/dphi as a diagonal, without extra passes.
 
     B g^2, with g the gradient of a mean over B examples, stands for the diagonal of the Fisher matrix, and that
-    for the Hessian's.
+    for the Hessian's. Momentum counts as its rate of the long run, from the first step on.
     """
 
     needs_gradients = True
@@ -109,66 +116,64 @@ class DiagonalShift(Carry):
         self._exponents = state["exponents"]
 
 
-class _Collected(Carry):
-    """The identity shift at once, and every `EVERY` inner steps a correction for the shifts since the last one."""
+class VelocityShift(Carry):
+    """theta_t <- theta_t + delta and v_t <- v_t + c_k H delta: what dv_k/dphi adds, with the identity for theta.
+
+    What is owed is kept as directions, passed on from step to step as SGD would, and paid every `EVERY` inner steps by
+    two Hessian-vector products. Needs SGD with momentum.
+    """
 
     def begin(self, trainer: MetaTrainer) -> None:
-        """Nothing to correct yet."""
-        self._collected = torch.zeros_like(trainer.theta)  # equal rows: a checkpoint stores state task by task
+        """Nothing is owed yet."""
+        # Equal rows: a checkpoint stores state task by task.
+        self._velocity, self._theta = torch.zeros_like(trainer.theta), torch.zeros_like(trainer.theta)
 
     def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
-        """Shifts every row by delta `[P]`, and corrects if it is time."""
+        """Shifts every row by delta `[P]`, and pays if it is time."""
         trainer.theta.add_(delta)
-        self._collected += delta
-        if trainer.k % EVERY == 0:
+        mu, k = momentum(trainer), trainer.k
+        self._velocity *= mu
+        self._theta.sub_(self._velocity, alpha=trainer.inner.lr)
+        self._velocity.add_(delta, alpha=steepness(mu, k))
+        self._theta.sub_(delta, alpha=trainer.inner.lr * self.contraction(mu, k))
+        if k % EVERY == 0:
             for learner in trainer.learners:
-                collected = self._collected[learner.row]
-                self.correct(trainer, learner, collected, curvature(trainer, learner, collected))
-            self._collected.zero_()
+                self._pay(trainer, learner)
+            self._velocity.zero_()
+            self._theta.zero_()
 
-    def correct(self, trainer: MetaTrainer, learner: Learner, collected: Tensor, curved: Tensor) -> None:
-        """Uses the collected shift `[P]` and H times it, `curved` `[P]`."""
-        raise AssertionError("a subclass corrects")
+    def contraction(self, mu: float, k: int) -> float:
+        """S_k, or zero where theta's own contraction is left out."""
+        return 0.0
+
+    def _pay(self, trainer: MetaTrainer, learner: Learner) -> None:
+        owed = curvature(trainer, learner, self._theta[learner.row])
+        # Where alpha h k is above 1 the first order is no estimate: it must not outweigh the identity.
+        length = torch.linalg.vector_norm(owed).clamp_min(torch.finfo(owed.dtype).tiny)
+        trainer.theta[learner.row] += owed * (EVERY * trainer.tally.update_norm / length).clamp_max(1.0)
+        views = trainer.layout.views(curvature(trainer, learner, self._velocity[learner.row]))
+        for name, parameter in learner.shared.items():
+            buffer = learner.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                buffer.add_(views[name])
+            elif momentum(trainer):
+                raise UsageError(f"{type(self).__name__} needs SGD; set inner.optimizer=sgd, or drop the carry")
 
     def state(self) -> dict[str, Tensor]:
-        """The collected shift `[T, P]`."""
-        return {"collected": self._collected}
+        """What is owed, `[T, P]` each."""
+        return {"velocity": self._velocity, "theta": self._theta}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        self._collected = state["collected"]
+        self._velocity, self._theta = state["velocity"], state["theta"]
 
 
-class TangentShift(_Collected):
-    """theta_t <- theta_t + (I - alpha sum_{i<=k} c_i H) delta: dU_k/dphi to first order, H that of the last batch.
+class TangentShift(VelocityShift):
+    """theta_t <- theta_t + (I - alpha S_k H) delta and v_t <- v_t + c_k H delta: the Jacobian to first order."""
 
-    The correction is at most as long as the shift: where alpha h k is above 1 the first order is no estimate.
-    """
-
-    def correct(self, trainer: MetaTrainer, learner: Learner, collected: Tensor, curved: Tensor) -> None:
-        """Takes the first-order contraction off the row."""
-        mu = momentum(trainer)
-        steps = sum((1.0 - mu**i) / (1.0 - mu) for i in range(1, trainer.k + 1))
-        correction = trainer.inner.lr * steps * curved
-        longest = torch.linalg.vector_norm(collected) / torch.linalg.vector_norm(correction)
-        trainer.theta[learner.row] -= correction * longest.clamp_max(1.0)
-
-
-class VelocityShift(_Collected):
-    """theta_t <- theta_t + delta and v_t <- v_t + c_k H delta: what dv_k/dphi adds with the identity for theta.
-
-    Needs SGD with momentum.
-    """
-
-    def correct(self, trainer: MetaTrainer, learner: Learner, collected: Tensor, curved: Tensor) -> None:
-        """Adds to the momentum buffers of the shared parameters."""
-        mu = momentum(trainer)
-        views = trainer.layout.views(curved)
-        for name, parameter in learner.shared.items():
-            buffer = learner.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is None:
-                raise UsageError("VelocityShift needs SGD with momentum; set inner.options.momentum, or drop the carry")
-            buffer.add_(views[name], alpha=(1.0 - mu**trainer.k) / (1.0 - mu))
+    def contraction(self, mu: float, k: int) -> float:
+        """S_k = c_1 + ... + c_k."""
+        return sum(steepness(mu, i) for i in range(1, k + 1))
 
 
 SHIFTS: dict[str, type[Carry]] = {
