@@ -22,7 +22,7 @@ def page(results: Results, found: Findings, folder: Path) -> str:
     made.paragraph(
         "Meta-learning looks for a start, phi, from which a few steps of gradient descent bring every task to a low "
         "loss. With two parameters and eight tasks all of it can be seen: how good each start is, where methods "
-        "come to rest, and what they cost. Sections 3.3 and 4.1 of Shin et al. (ICML 2021), rerun.",
+        "come to rest, and what they cost. Sections 3.3 to 4.1 of Shin et al. (ICML 2021), rerun.",
         "lead",
     )
     _tasks(made, results, folder)
@@ -51,8 +51,8 @@ def _tasks(made: Page, results: Results, folder: Path) -> None:
     made.figure(save(drawing.template_figure(results), "4a", folder), "Figure 4(a) of the paper: the template.")
     made.paragraph(
         "Each task moves the template's centre to one of the eight red dots and turns it by its own angle, so the "
-        "tasks share their shape and nothing else; no point is a minimum of all. A good phi is one from which all "
-        "eight minima can be reached."
+        "tasks share their shape and nothing else; no point is a minimum of all. A good phi is one from which "
+        "a minimum of each can be reached."
     )
     made.figure(save(drawing.task_figure(results), "4b", folder), "Figure 4(b): the first task, moved and turned.")
 
