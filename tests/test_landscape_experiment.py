@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from trajshift import UsageError
 from trajshift.experiments.cli import app
 from trajshift.experiments.landscape import experiment, measure, tasks, updates
 from trajshift.experiments.landscape.experiment import measured, run_experiment
@@ -134,7 +136,7 @@ def test_a_study_cut_off_at_any_row_ends_with_the_same_file(tmp_path: Path) -> N
     whole = tmp_path / "whole"
     run_study(whole, study=STUDY)
     rows = (whole / FILE).read_bytes().splitlines(keepends=True)
-    assert len(rows) == 3 * sum(b'"tuning"' in row for row in rows)
+    assert len(rows) == 1 + 3 * sum(b'"tuning"' in row for row in rows)
     report = (whole / "study.md").read_text()
     assert "## 10 meta-updates" in report
     assert "## 20 inner steps" in report
@@ -147,3 +149,5 @@ def test_a_study_cut_off_at_any_row_ends_with_the_same_file(tmp_path: Path) -> N
         run_study(cut, study=STUDY)
         assert (cut / FILE).read_bytes() == b"".join(rows)
         assert (cut / "study.md").read_text() == report
+    with pytest.raises(UsageError, match="is of a study with other settings; delete it, or name another folder"):
+        run_study(whole, study=replace(STUDY, long=3))

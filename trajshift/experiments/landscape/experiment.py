@@ -29,7 +29,7 @@ from trajshift.rundir import environment, replace_file
 UNITS = ("meta-updates", "inner steps")
 PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")
 DRAWN = ("trajectory-shifting", "accurate", "reptile")
-_SETS_A_JOB = 5
+_SETS_A_JOB = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,15 +7,17 @@ and ends with the same file. Each method is tuned for each budget on sets of tas
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trajshift.errors import UsageError
 from trajshift.experiments.landscape.measure import METHODS, Limit, Settings, finish, random_sets, yardstick
 from trajshift.experiments.landscape.perform import Jobs, Key, perform
 from trajshift.experiments.landscape.surface import grid
@@ -71,8 +73,11 @@ def run_study(out: Path, *, study: StudySettings | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     print("study: about 20 minutes of one core's time, shared by the processes; it can be cut off and goes on")
     pairs = {(m, limit_of(m, limit, study.settings)): None for limit in study.limits() for m in METHODS}
-    total = len(pairs) * (1 + study.settings.sets)
+    total = 1 + len(pairs) * (1 + study.settings.sets)
     with Progress("study", total) as progress:
+        first: Jobs = {("settings",): partial(_header, study)}
+        if _complete(out / FILE, first, 1, progress)["settings",] != _header(study):
+            raise UsageError(f"{out / FILE} is of a study with other settings; delete it, or name another folder")
         tunings: Jobs = {key_of("tuning", m, limit): partial(tune, m, limit, study) for m, limit in pairs}
         tuned = _complete(out / FILE, tunings, study.settings.processes, progress)
         finals: Jobs = {}
@@ -95,6 +100,13 @@ def _complete(file: Path, jobs: Jobs, processes: int, progress: Progress) -> dic
         rows[key] = row
         progress.update(progress.step + 1, note=" ".join(map(str, key)))
     return rows
+
+
+def _header(study: StudySettings) -> Row:
+    """The settings that rows depend on, as JSON values."""
+    row: Row = {"key": ["settings"], "settings": json.loads(json.dumps(asdict(study)))}
+    del row["settings"]["settings"]["processes"]
+    return row
 
 
 def tune(method: str, limit: Limit, study: StudySettings) -> Row:

@@ -65,7 +65,7 @@ def run(method: str | Method, starts: Tensor | np.ndarray, *, rounds: int = 3, *
 
     ```python
     reptile = run("reptile", grid(), rounds=300)
-    ours = run("trajectory-shifting", [[0.0, 10.0]], rounds=3)
+    ours = run("trajectory-shifting", torch.tensor([[0.0, 10.0]]))
     ```
     """
     done = list(updates(method, starts, rounds=rounds, **settings))
@@ -116,9 +116,9 @@ def updates(
     bad = int((~torch.isfinite(first)).any(-1).sum())
     if bad:
         raise UsageError(f"{bad} of {first[..., 0].numel()} starts are not finite; leave them out")
-    twin = _Twin(tasks or surface.tasks(), first, chosen, metagrad_options or {})
-    twin.inner_lr, twin.meta_lr, twin.momentum, twin.seed = inner_lr, meta_lr, momentum, seed
-    return twin.run(horizon, rounds)
+    metagrad = metagrads.build(chosen.metagrad, chosen.batch, metagrad_options or {})
+    rates = _Rates(inner_lr, meta_lr, momentum)
+    return _Twin(tasks or surface.tasks(), first, chosen, metagrad, rates, seed).run(horizon, rounds)
 
 
 def _offered(method: str | Method, horizon: int, choices: dict[str, Any]) -> Method:
@@ -133,18 +133,29 @@ def _offered(method: str | Method, horizon: int, choices: dict[str, Any]) -> Met
     return chosen
 
 
-class _Twin:
-    """phi `[2, ..., N]`, theta, momentum and gradient `[2, T, ..., N]`."""
-
+class _Rates(NamedTuple):
     inner_lr: float
     meta_lr: float
     momentum: float
-    seed: int
 
-    def __init__(self, landscape: Landscape, starts: Tensor, method: Method, options: dict[str, Any]) -> None:
+
+class _Twin:
+    """phi `[2, ..., N]`, theta, momentum and gradient `[2, T, ..., N]`."""
+
+    def __init__(
+        self,
+        landscape: Landscape,
+        starts: Tensor,
+        method: Method,
+        metagrad: metagrads.MetaGradient,
+        rates: _Rates,
+        seed: int,
+    ) -> None:
         self.landscape = landscape
         self.method = method
-        self.metagrad = metagrads.build(method.metagrad, method.batch, options)
+        self.metagrad = metagrad
+        self.rates = rates
+        self.seed = seed
         self.observes = type(self.metagrad).observe is not metagrads.MetaGradient.observe
         self.theta = landscape.spread(starts)
         self.phi = self.theta[:, 0].clone()
@@ -183,15 +194,15 @@ class _Twin:
             losses, self.gradient = self.landscape.both_at(self.theta)
         else:
             self.gradient = self.landscape.gradient_at(self.theta)
-        self.velocity.mul_(self.momentum).add_(self.gradient)
-        self.theta.sub_(self.velocity, alpha=self.inner_lr)
+        self.velocity.mul_(self.rates.momentum).add_(self.gradient)
+        self.theta.sub_(self.velocity, alpha=self.rates.inner_lr)
         self.inner_steps += 1
         if losses is not None:
             self.metagrad.observe(_rows(self.theta), losses.flatten(), _rows(self.gradient))
 
     def _meta_update(self) -> Tensor:
         rows = self.metagrad.read(_Probe(self))
-        delta = rows.T.reshape(self.theta.shape).mean(1).mul_(-self.meta_lr)
+        delta = rows.T.reshape(self.theta.shape).mean(1).mul_(-self.rates.meta_lr)
         self.phi += delta
         return delta
 
