@@ -23,8 +23,10 @@ from trajshift.experiments.landscape.measure import METHODS, End, Settings
 from trajshift.experiments.landscape.perform import Jobs, Key, perform
 from trajshift.experiments.landscape.resting import Optima
 from trajshift.experiments.landscape.twin import Run
+from trajshift.figures import styled
 from trajshift.progress import Progress, duration
 from trajshift.rundir import environment, replace_file
+from trajshift.statistics import interval
 
 UNITS = ("meta-updates", "inner steps")
 PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")
@@ -64,6 +66,7 @@ def run_experiment(out: Path, *, study: bool = False, settings: Settings | None 
     from trajshift.experiments.landscape.findings import findings
     from trajshift.experiments.landscape.presentation import page
 
+    styled(interval)([0.0, 1.0])  # says now, not after the measurements, if matplotlib or scipy is missing
     began = time.monotonic()
     settings = settings or Settings()
     out.mkdir(parents=True, exist_ok=True)
