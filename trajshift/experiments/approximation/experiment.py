@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajshift.commands import need_report_extra
 from trajshift.errors import UsageError
 from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks
-from trajshift.pool import cores, stop_on_signal
+from trajshift.experiments.perform import Jobs, perform
+from trajshift.pool import cores
 from trajshift.progress import Progress
-from trajshift.recipe import Recipe, flatten
+from trajshift.recipe import Recipe, flatten, validate
 from trajshift.rows import append_row, read_jsonl
 from trajshift.rundir import disk_errors, environment
 from trajshift.tables import console
@@ -41,7 +38,7 @@ def run_experiment(
     plan = plan or Plan()
     loaded = chosen_recipe(recipe, overrides)
     names = list(networks(loaded))
-    with disk_errors(out):
+    with disk_errors(out, option="--out", again="the same command"):
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, loaded, plan)
         work = [(setting, draw) for draw in range(plan.draws) for setting in plan.settings(names)]
@@ -69,47 +66,24 @@ def _claim(out: Path, recipe: Recipe, plan: Plan) -> None:
 
 def _measure(out: Path, recipe: Recipe, plan: Plan, missing: Sequence[tuple[Setting, int]], total: int) -> None:
     """Measures in one process per core; every unit is saved as soon as it is there."""
-    if not missing:
-        return
-    processes = min(cores(), len(missing))
-    where = environment()
-    with (
-        stop_on_signal(),
-        Progress("approximation error", total, start=total - len(missing)) as progress,
-        ProcessPoolExecutor(processes, get_context("spawn"), _open_laboratory, (recipe, plan)) as pool,
-    ):
-        running = {pool.submit(_measure_one, setting, draw): (setting, draw) for setting, draw in missing}
-        try:
-            for done, future in enumerate(as_completed(running), total - len(missing) + 1):
-                setting, draw = running[future]
-                about = {"key": key_of(setting, draw), **asdict(setting), "draw": draw, "commit": where["commit"]}
-                append_row(out / UNITS, about | future.result())
-                progress.update(done, note=f"{setting.optimizer}, {setting.network}, draw {draw}")
-        except BrokenProcessPool:
-            raise UsageError(
-                f"a measuring process died; what was measured is in {out}, the same command goes on"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    text, commit = json.dumps(asdict(recipe)), environment()["commit"]
+    jobs: Jobs = {(setting, draw): partial(_measure_one, text, plan, setting, draw) for setting, draw in missing}
+    done = total - len(missing)
+    with Progress("approximation error", total, start=done) as progress:
+        for (setting, draw), unit in perform(jobs, max(1, min(cores(), len(missing)))):
+            about = {"key": key_of(setting, draw), **asdict(setting), "draw": draw, "commit": commit}
+            append_row(out / UNITS, about | unit)
+            done += 1
+            progress.update(done, note=f"{setting.optimizer}, {setting.network}, draw {draw}")
 
 
-_laboratory: Laboratory
+def _measure_one(recipe: str, plan: Plan, setting: Setting, draw: int) -> dict[str, Any]:
+    return _laboratory(recipe, plan).measure(setting, draw)
 
 
-def _open_laboratory(recipe: Recipe, plan: Plan) -> None:
-    """Prepares a worker: one thread, and an interrupt is the parent's affair."""
-    global _laboratory
-    import torch
-
+@cache
+def _laboratory(recipe: str, plan: Plan) -> Laboratory:
+    """Kept by each process: tasks are loaded once."""
     from trajshift.experiments.approximation.measure import Laboratory
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    _laboratory = Laboratory(recipe, plan)
-
-
-def _measure_one(setting: Setting, draw: int) -> dict[str, Any]:
-    parent = parent_process()
-    if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
-        os._exit(1)
-    return _laboratory.measure(setting, draw)
+    return Laboratory(validate(json.loads(recipe)), plan)

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trajshift.commands import need_report_extra
 from trajshift.experiments.landscape import measure
 from trajshift.experiments.landscape.measure import METHODS, End, Settings
-from trajshift.experiments.landscape.perform import Jobs, Key, perform
 from trajshift.experiments.landscape.resting import Optima
 from trajshift.experiments.landscape.twin import Run
+from trajshift.experiments.perform import Jobs, Key, perform
 from trajshift.figures import styled
 from trajshift.progress import Progress, duration
-from trajshift.rundir import environment, replace_file
+from trajshift.rundir import disk_errors, environment, replace_file
 from trajshift.statistics import interval
 
 UNITS = ("meta-updates", "inner steps")
@@ -67,19 +68,21 @@ def run_experiment(out: Path, *, study: bool = False, settings: Settings | None 
     from trajshift.experiments.landscape.presentation import page
 
     styled(interval)([0.0, 1.0])  # says now, not after the measurements, if matplotlib or scipy is missing
+    need_report_extra()
     began = time.monotonic()
     settings = settings or Settings()
-    out.mkdir(parents=True, exist_ok=True)
-    results = measured(settings)
-    found = findings(results)
-    replace_file(out / "findings.md", found.markdown())
-    replace_file(out / "index.html", page(results, found, out))
-    _write_numbers(out, results, found.numbers)
+    with disk_errors(out, option="--out", again="the same command"):
+        out.mkdir(parents=True, exist_ok=True)
+        results = measured(settings)
+        found = findings(results)
+        replace_file(out / "findings.md", found.markdown())
+        replace_file(out / "index.html", page(results, found, out))
+        _write_numbers(out, results, found.numbers)
     print(f"{out / 'index.html'} and findings.md are written, {duration(time.monotonic() - began)}")
-    if study:
-        from trajshift.experiments.landscape.study import run_study
+        if study:
+            from trajshift.experiments.landscape.study import run_study
 
-        run_study(out)
+            run_study(out)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

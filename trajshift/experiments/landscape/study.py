@@ -19,8 +19,8 @@ import torch
 
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape.measure import METHODS, Limit, Settings, finish, random_sets, yardstick
-from trajshift.experiments.landscape.perform import Jobs, Key, perform
 from trajshift.experiments.landscape.surface import grid
+from trajshift.experiments.perform import Jobs, Key, perform
 from trajshift.presets import resolve
 from trajshift.progress import Progress, duration
 from trajshift.rows import append_row, read_jsonl
