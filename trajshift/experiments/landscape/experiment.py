@@ -78,7 +78,7 @@ def run_experiment(out: Path, *, study: bool = False, settings: Settings | None 
         replace_file(out / "findings.md", found.markdown())
         replace_file(out / "index.html", page(results, found, out))
         _write_numbers(out, results, found.numbers)
-    print(f"{out / 'index.html'} and findings.md are written, {duration(time.monotonic() - began)}")
+        print(f"{out / 'index.html'} and findings.md are written, {duration(time.monotonic() - began)}")
         if study:
             from trajshift.experiments.landscape.study import run_study
 
