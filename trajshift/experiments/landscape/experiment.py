@@ -24,10 +24,8 @@ from trajshift.experiments.landscape.measure import METHODS, End, Settings
 from trajshift.experiments.landscape.resting import Optima
 from trajshift.experiments.landscape.twin import Run
 from trajshift.experiments.perform import Jobs, Key, perform
-from trajshift.figures import styled
 from trajshift.progress import Progress, duration
 from trajshift.rundir import disk_errors, environment, replace_file
-from trajshift.statistics import interval
 
 UNITS = ("meta-updates", "inner steps")
 PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")
@@ -67,7 +65,6 @@ def run_experiment(out: Path, *, study: bool = False, settings: Settings | None 
     from trajshift.experiments.landscape.findings import findings
     from trajshift.experiments.landscape.presentation import page
 
-    styled(interval)([0.0, 1.0])  # says now, not after the measurements, if matplotlib or scipy is missing
     need_report_extra()
     began = time.monotonic()
     settings = settings or Settings()
