@@ -207,7 +207,7 @@ def made_up(plan: Plan, names: list[str], law: Any) -> dict[str, dict[str, Any]]
     """Units whose errors follow `law(setting, draw, k)`, for two tasks a tenth above and below."""
     return {
         key_of(setting, draw): {
-            "curvature": 0.5,
+            "curvature": 2.0,
             "parameters": 3,
             "commit": "none",
             "readings": [
@@ -229,17 +229,29 @@ def test_slopes_of_a_power_law_are_its_exponents() -> None:
 
     units = made_up(plan, ["net"], law)
     found = slopes(units, plan, ["net"])
-    assert len(found) == 4 * 3
+    assert len(found) == 4 * 4
     for slope in found:
         assert slope.measured is not None
-        assert slope.measured.mean == pytest.approx({"k": 2.6, "alpha": 1.7, "beta": 0.9}[slope.variable])
+        assert slope.measured.mean == pytest.approx({"k": 2.6, "alpha": 1.7, "beta": 0.9}[slope.variable.split(",")[0]])
         assert slope.measured.half_width == pytest.approx(0.0, abs=1e-9)
-    predicted = {(s.setting.shifts, s.variable): s.predicted for s in found if s.setting.optimizer == "SGD"}
+    predicted = {(s.shifts, s.variable): s.predicted for s in found if s.optimizer == "SGD"}
     assert [predicted["prescribed", v] for v in ("k", "alpha", "beta")] == [2, 1, 1]
     assert [predicted["displacement", v] for v in ("k", "alpha", "beta")] == [3, 2, 1]
-    assert all(s.predicted is None for s in found if s.setting.optimizer != "SGD")
-    # alpha h k <= 0.5 with alpha 0.01 and h 0.5 ends at k = 100
+    assert all(s.predicted is None for s in found if s.optimizer != "SGD" or s.variable == "k, middle alpha")
+    # with h = 2 and alpha = 0.0003, alpha h k <= 0.1 ends at k = 166; at k = 20 it ends at alpha = 0.0025
     assert next(s for s in found if s.variable == "k").points == (10, 20, 50, 100)
+    assert next(s for s in found if s.variable == "alpha").points == (0.0003, 0.001)
+
+
+def test_no_slope_is_claimed_from_a_single_point_in_the_regime() -> None:
+    plan = Plan(draws=3)
+    units = made_up(plan, ["net"], lambda setting, draw, k: k**2.0)
+    for unit in units.values():
+        unit["curvature"] = 30.0
+    found = {s.variable: s.measured for s in slopes(units, plan, ["net"]) if s.shifts == "prescribed"}
+    assert found["k"] is None
+    assert found["alpha"] is None
+    assert found["k, middle alpha"] is not None
 
 
 def test_an_overflow_is_left_out_and_not_hidden() -> None:
@@ -248,7 +260,7 @@ def test_an_overflow_is_left_out_and_not_hidden() -> None:
     one = next(s for s in plan.settings(["net"]) if s.optimizer == "SGD")
     units[key_of(one, 1)]["readings"][-1] |= {"error": None, "distance": None}
     found = measured(units, one, plan)
-    np.testing.assert_allclose(found.error[[0, 2]], [[4, 100, 196]] * 2)
+    np.testing.assert_allclose(found.error[[0, 2]], [[4, 100, 144]] * 2)
     assert np.isnan(found.error[1, -1])
     assert np.isfinite(found.error[1, :-1]).all()
     np.testing.assert_allclose(found.relative[0], found.error[0] / 2)
@@ -291,8 +303,8 @@ def test_figures_page_and_findings_are_written(finished: Path) -> None:
     assert results["plan"] == json.loads(json.dumps(asdict(TINY)))
     assert max(results["quadratics"].values()) < 1e-10
     findings = (finished / "findings.md").read_text()
-    slope = next(s for s in results["slopes"] if s["variable"] == "k" and s["setting"]["shifts"] == "prescribed")
-    assert f"prescribed shifts k^{slope['measured']['mean']:.2f}" in findings
+    slope = next(s for s in results["slopes"] if s["variable"] == "beta" and s["shifts"] == "prescribed")
+    assert f"beta^{slope['measured']['mean']:.2f}" in findings
     assert "0 of 56 trajectories overflowed." in findings
     assert f"relative {max(results['quadratics'].values()):.1e}" in findings
 

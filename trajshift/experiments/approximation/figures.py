@@ -77,26 +77,26 @@ def _chosen(one: Measured, relative: bool) -> np.ndarray:
 
 @styled
 def order_figure(units: Units, plan: Plan, networks: Sequence[str], checks: Sequence[Check]) -> Figure:
-    """Error against k for plain SGD beside the slopes of equation 5, and the quadratics' closed form."""
+    """Error against k for plain SGD at the smallest alpha beside equation 5, and the quadratics' closed form."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.4, 3.3), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, shifts, order in zip(axes, (PRESCRIBED, DISPLACEMENT), (2, 3), strict=False):
         for index, network in enumerate(networks):
-            point = Setting(network=network, optimizer="SGD", shifts=shifts, alpha=plan.alpha, beta=plan.beta)
+            point = Setting(network=network, optimizer="SGD", shifts=shifts, alpha=plan.alphas[0], beta=plan.beta)
             one = measured(units, point, plan)
             _line(axis, plan.ks, one.error, network, _look(index))
         # The line of the predicted slope goes through the last network's first point.
         anchor = np.nanmean(one.error[:, 0]) / _sum_of_powers(plan.ks[0], order)
         axis.plot(
             plan.ks, [anchor * _sum_of_powers(k, order) for k in plan.ks],
-            "--", color=GREY, lw=1.1, label="equation 5, alpha h k far below 1", zorder=1,
+            "--", color=GREY, lw=1.1, label="order of equation 5", zorder=1,
         )  # fmt: skip
         axis.set_title(f"{shifts} shifts: k^{order}")
         axis.set(yscale="log", xlabel="k")
         log_axis(axis, plan.ks)
-    axes[0].set_ylabel("error, plain SGD")
+    axes[0].set_ylabel(f"error, plain SGD, alpha {plan.alphas[0]:g}")
     for index, check in enumerate(checks):
         look = {"color": COLOURS[2 + index], "label": f"quadratics, momentum {check.momentum:g} (line: closed form)"}
         axes[2].plot(check.ks, check.exact, color=COLOURS[2 + index], lw=1.2)
@@ -134,6 +134,8 @@ def shift_figure(found: Sequence[Comparison], networks: Sequence[str]) -> Figure
         axis.set_title(network)
         axis.set(yscale="log", xlabel="k")
         log_axis(axis, sorted({one.k for one in found}))
+        axis.set_yticks((0.5, 1.0, 2.0, 4.0, 8.0), ("0.5", "1", "2", "4", "8"))
+        axis.minorticks_off()
     axes[0].set_ylabel("error / error of the identity shift")
     legend(figure, list(axes))
     return figure

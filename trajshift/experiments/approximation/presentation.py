@@ -13,6 +13,7 @@ import numpy as np
 from trajshift.experiments.approximation.figures import error_figure, order_figure, shift_figure
 from trajshift.experiments.approximation.plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, scale
 from trajshift.experiments.approximation.summary import (
+    FIRST_K,
     SLOPE_K,
     SMALL,
     Comparison,
@@ -162,10 +163,10 @@ def _verdict(ratio: Estimate | None) -> str:
 
 def _orders(fitted: Sequence[Slope]) -> list[str]:
     said = []
-    for network in dict.fromkeys(slope.setting.network for slope in fitted):
+    for network in dict.fromkeys(slope.network for slope in fitted):
         parts = []
         for shifts in (PRESCRIBED, DISPLACEMENT):
-            mine = [s for s in fitted if s.predicted and (s.setting.network, s.setting.shifts) == (network, shifts)]
+            mine = [s for s in fitted if s.predicted and (s.network, s.shifts) == (network, shifts)]
             each = ", ".join(f"{s.variable}^{_plain(s.measured)} (predicted {s.predicted})" for s in mine)
             parts.append(f"{shifts} shifts {each}")
         said.append(f"Orders for plain SGD with {network}: {'; '.join(parts)}.")
@@ -211,13 +212,13 @@ def _times(log_ratio: Estimate | None) -> str:
 
 
 def _slope_table(fitted: Sequence[Slope]) -> Table:
-    header = ["network", "inner optimizer", "shifts", "k", "alpha", "beta"]
-    rows: dict[Setting, list[str]] = {}
+    variables = list(dict.fromkeys(slope.variable for slope in fitted))
+    rows: dict[tuple[str, ...], list[str]] = {}
     for slope in fitted:
-        setting = slope.setting
-        row = rows.setdefault(setting, [setting.network, setting.optimizer, setting.shifts])
-        row.append(_plain(slope.measured) + (f" [{slope.predicted}]" if slope.predicted else ""))
-    return header, list(rows.values())
+        line = (slope.network, slope.optimizer, slope.shifts)
+        cell = _plain(slope.measured) + (f" [{slope.predicted}]" if slope.predicted else "")
+        rows.setdefault(line, list(line)).append(cell)
+    return ["network", "inner optimizer", "shifts", *variables], list(rows.values())
 
 
 def _shift_table(compared: Sequence[Comparison]) -> Table:
@@ -230,10 +231,13 @@ def _shift_table(compared: Sequence[Comparison]) -> Table:
 
 
 _SLOPES = (
-    f"Exponents fitted in log-log, draw by draw, mean and 95% interval; in brackets what equation 5 predicts for "
-    f"plain SGD. "
-    f"In k: from 10 to where alpha h k reaches {SMALL:g}, with h the Hessian's norm at the start; in alpha and beta: "
-    f"at k = {SLOPE_K}."
+    "Exponents fitted in log-log, draw by draw, mean and 95% interval; in brackets what equation 5 predicts for "
+    "plain SGD. "
+    f"In k: at the smallest alpha, from k = {FIRST_K} on, where alpha h k is at most {SMALL:g}, with h the Hessian's "
+    f"norm at "
+    f"the start; and over the same k at the middle alpha, where no order is predicted. In alpha and beta: at k = "
+    f"{SLOPE_K}, "
+    f"in alpha where alpha h k is at most {SMALL:g}."
 )
 _SHIFTS = (
     "Error over that of the identity shift along the same shifts of phi (SGD with momentum): geometric mean over "

@@ -14,10 +14,10 @@ import numpy as np
 from trajshift.experiments.approximation.plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, key_of, scale
 from trajshift.statistics import Estimate, holm, interval, paired_test
 
-SMALL = 0.5
-"""The slopes in k are fitted where alpha h k is at most this; equation 5 wants it far below 1."""
+SMALL = 0.1
+"""Equation 5 wants alpha h k far below 1: slopes that it predicts are fitted where it is at most this."""
 FIRST_K = 10
-"""And from this k on: sums over i < k are powers of k only for k well above 1."""
+"""Slopes in k are fitted from this k on: sums over i < k are powers of k only for k well above 1."""
 SLOPE_K = 20
 """Where the slopes in alpha and beta are fitted."""
 ORDERS = {PRESCRIBED: {"k": 2, "alpha": 1, "beta": 1}, DISPLACEMENT: {"k": 3, "alpha": 2, "beta": 1}}
@@ -71,37 +71,61 @@ def estimate(values: np.ndarray) -> Estimate | None:
 class Slope:
     """The exponent of one variable in one kind of run."""
 
-    setting: Setting
+    network: str
+    optimizer: str
+    shifts: str
     variable: str
-    """`k`, `alpha` or `beta`."""
+    """`k`, `alpha` or `beta`; `k, middle alpha` is k at the published learning rate, outside the regime."""
     measured: Estimate | None
+    """None where fewer than two points lie in the regime."""
     predicted: int | None
-    """None where equation 5 claims no order: momentum, Adam."""
+    """None where equation 5 claims no order: momentum, Adam, and outside the regime."""
     points: tuple[float, ...]
     """Where it was fitted."""
 
 
 def slopes(units: Units, plan: Plan, networks: Sequence[str]) -> list[Slope]:
-    """Fitted exponents for every network, optimizer and kind of shifts."""
+    """Fitted exponents for every network, optimizer and kind of shifts.
+
+    In k at the smallest alpha of the plan, in alpha and beta at k = `SLOPE_K`, all where alpha h k is at most `SMALL`.
+    """
     found = []
+    at = max(place for place, k in enumerate(plan.ks) if k <= SLOPE_K)
+    late = [place for place, k in enumerate(plan.ks) if k >= FIRST_K]
     for middle in _middles(plan, networks):
-        centre = measured(units, middle, plan)
+        alphas = [alpha * scale(middle.optimizer) for alpha in plan.alphas]
+        h = measured(units, middle, plan).curvature
+        slowest = varied(middle, "alpha", alphas[0])
+        series: dict[str, tuple[list[float], list[np.ndarray]]] = {
+            "k": _along_k(units, slowest, plan, [place for place in late if alphas[0] * h * plan.ks[place] <= SMALL]),
+            "k, middle alpha": _along_k(units, middle, plan, late),
+            "alpha": _along(
+                units, middle, plan, "alpha", [alpha for alpha in alphas if alpha * h * plan.ks[at] <= SMALL], at
+            ),
+            "beta": _along(units, middle, plan, "beta", plan.betas, at),
+        }
         predicted = ORDERS[middle.shifts] if middle.optimizer == "SGD" else {}
-        limit = SMALL / (middle.alpha * centre.curvature)
-        ks = [place for place, k in enumerate(plan.ks) if FIRST_K <= k <= limit]
-        found.append(
-            Slope(
-                middle, "k", _fit(np.array(plan.ks)[ks], centre.error[:, ks]),
-                predicted.get("k"), tuple(plan.ks[place] for place in ks),
-            )
-        )  # fmt: skip
-        at = max(place for place, k in enumerate(plan.ks) if k <= SLOPE_K)
-        for variable, values in (("alpha", [a * scale(middle.optimizer) for a in plan.alphas]), ("beta", plan.betas)):
-            points = [varied(middle, variable, value) for value in values]
-            errors = np.stack([measured(units, point, plan).error[:, at] for point in points], axis=1)
-            fitted = _fit(np.array(values), errors)
-            found.append(Slope(middle, variable, fitted, predicted.get(variable), tuple(values)))
+        for variable, (x, errors) in series.items():
+            found.append(
+                Slope(
+                    middle.network, middle.optimizer, middle.shifts, variable,
+                    _fit(x, errors), predicted.get(variable), tuple(x),
+                )
+            )  # fmt: skip
     return found
+
+
+def _along_k(units: Units, setting: Setting, plan: Plan, places: Sequence[int]) -> tuple[list[float], list[np.ndarray]]:
+    """k and the errors of all draws there."""
+    error = measured(units, setting, plan).error
+    return [float(plan.ks[place]) for place in places], [error[:, place] for place in places]
+
+
+def _along(
+    units: Units, middle: Setting, plan: Plan, variable: str, values: Sequence[float], at: int
+) -> tuple[list[float], list[np.ndarray]]:
+    """Values of alpha or beta and the errors of all draws there, after `plan.ks[at]` steps."""
+    return list(values), [measured(units, varied(middle, variable, value), plan).error[:, at] for value in values]
 
 
 def _middles(plan: Plan, networks: Sequence[str]) -> list[Setting]:
@@ -113,12 +137,13 @@ def _middles(plan: Plan, networks: Sequence[str]) -> list[Setting]:
     ]
 
 
-def _fit(x: np.ndarray, errors: np.ndarray) -> Estimate | None:
-    """Least squares of log error on log x `[N]`, draw by draw `[draws, N]`; draws that overflowed are left out."""
-    whole = errors[np.all(np.isfinite(errors) & (errors > 0.0), axis=1)]
-    if len(whole) == 0 or len(x) < 2:
+def _fit(x: Sequence[float], errors: Sequence[np.ndarray]) -> Estimate | None:
+    """Least squares of log error on log x, draw by draw; draws that overflowed are left out."""
+    if len(x) < 2:
         return None
-    return interval(np.polyfit(np.log(x), np.log(whole).T, 1)[0])
+    columns = np.stack(errors, axis=1)
+    whole = columns[np.all(np.isfinite(columns) & (columns > 0.0), axis=1)]
+    return interval(np.polyfit(np.log(x), np.log(whole).T, 1)[0]) if len(whole) else None
 
 
 @dataclass(frozen=True, slots=True)
