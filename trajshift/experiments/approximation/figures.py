@@ -93,15 +93,14 @@ def order_figure(units: Units, plan: Plan, networks: Sequence[str], checks: Sequ
             plan.ks, [anchor * _sum_of_powers(k, order) for k in plan.ks],
             "--", color=GREY, lw=1.1, label="order of equation 5", zorder=1,
         )  # fmt: skip
-        axis.set_title(f"{shifts} shifts: k^{order}")
+        axis.set_title(f"{shifts} shifts: order $k^{order}$")
         axis.set(yscale="log", xlabel="k")
         log_axis(axis, plan.ks)
     axes[0].set_ylabel(f"error, plain SGD, alpha {plan.alphas[0]:g}")
     for index, check in enumerate(checks):
         look = {"color": COLOURS[2 + index], "label": f"quadratics, momentum {check.momentum:g} (line: closed form)"}
-        axes[2].plot(check.ks, check.exact, color=COLOURS[2 + index], lw=1.2)
-        at = np.unique(np.geomspace(1, len(check.ks), 22).astype(int)) - 1
-        axes[2].plot(check.ks[at], check.measured[at], MARKERS[2 + index], ms=4, **look)
+        axes[2].plot(np.arange(2, check.horizon + 1), check.exact, color=COLOURS[2 + index], lw=1.2)
+        axes[2].plot(check.ks, check.measured, MARKERS[2 + index], ms=4, **look)
     axes[2].set_title("quadratics: measured and exact")
     axes[2].set(xscale="log", yscale="log", xlabel="k")
     legend(figure, list(axes))

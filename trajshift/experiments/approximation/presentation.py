@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check
 
 Table = tuple[list[str], list[list[str]]]
+LEVEL = 0.05
+"""Of the tests, after Holm's correction."""
 
 
 def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) -> Path:
@@ -112,7 +114,7 @@ def _findings(
     said.append(
         f"On quadratic losses, where the error is known in closed form, the measured error agrees with it to a "
         f"relative "
-        f"{worst:.1e} at every k from 2 to {checks[0].ks[-1]}, with and without momentum."
+        f"{worst:.1e} at {len(checks[0].ks)} k from 2 to {checks[0].horizon}, with and without momentum."
     )
     said += _better(compared)
     overflowed = sum(int(np.any(~np.isfinite(one.error), axis=1).sum()) for one in table)
@@ -174,16 +176,21 @@ def _orders(fitted: Sequence[Slope]) -> list[str]:
 
 
 def _better(compared: Sequence[Comparison]) -> list[str]:
-    said = []
-    for network in dict.fromkeys(one.network for one in compared):
-        mine = [one for one in compared if one.network == network and one.p is not None and one.ratio is not None]
-        lower = [f"{c.carry} at k = {c.k} ({_times(c.ratio)})" for c in mine if c.p < 0.05 and c.ratio.mean < 0]  # type: ignore[operator, union-attr]
-        higher = [f"{c.carry} at k = {c.k}" for c in mine if c.p < 0.05 and c.ratio.mean > 0]  # type: ignore[operator, union-attr]
-        said.append(
-            f"Against the identity shift, along the same shifts of phi, {network}: lower error (p < 0.05 after Holm's "
-            f"correction) for {', '.join(lower) or 'none'}; higher for {', '.join(higher) or 'none'}."
-        )
-    return said
+    return [
+        f"Against the identity shift, along the same shifts of phi, {network}: lower error (p < 0.05 after Holm's "
+        f"correction) for {_shown(compared, network, lower=True)}; higher for {_shown(compared, network, lower=False)}."
+        for network in dict.fromkeys(one.network for one in compared)
+    ]
+
+
+def _shown(compared: Sequence[Comparison], network: str, *, lower: bool) -> str:
+    """Carries and k with a significant difference, and the factor."""
+    found: dict[str, list[str]] = {}
+    shown = [one for one in compared if one.network == network and one.p is not None and one.p < LEVEL]
+    for one in shown:
+        if one.ratio is not None and (one.ratio.mean < 0.0) == lower:
+            found.setdefault(one.carry, []).append(f"{one.k} (x {np.exp(one.ratio.mean):.2f})")
+    return "; ".join(f"{carry} at k = {', '.join(places)}" for carry, places in found.items()) or "none"
 
 
 # -- tables and text -----------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def _times(log_ratio: Estimate | None) -> str:
     if log_ratio is None:
         return "-"
     ends = "" if log_ratio.low is None or log_ratio.high is None else (
-        f" ({np.exp(log_ratio.low):.2f} to {np.exp(log_ratio.high):.2f})"
+        f" ({np.exp(log_ratio.low):.2f}-{np.exp(log_ratio.high):.2f})"
     )  # fmt: skip
     return f"{np.exp(log_ratio.mean):.2f}{ends}"
 
@@ -225,7 +232,7 @@ def _shift_table(compared: Sequence[Comparison]) -> Table:
     ks = list(dict.fromkeys(one.k for one in compared))
     rows: dict[tuple[str, str], list[str]] = {}
     for one in compared:
-        cell = _times(one.ratio) + ("*" if one.p is not None and one.p < 0.05 else "")
+        cell = _times(one.ratio) + ("*" if one.p is not None and one.p < LEVEL else "")
         rows.setdefault((one.network, one.carry), [one.network, one.carry]).append(cell)
     return ["network", "carry", *(f"k = {k}" for k in ks)], list(rows.values())
 

@@ -21,21 +21,31 @@ from trajshift.loop import MetaTrainer
 from trajshift.task import Task
 
 DIMENSION, TASKS = 6, 3
+POINTS = 22
+"""Values of k, about equally far apart on a logarithmic axis, at which the loop is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Measured and exact errors of one optimizer at k = 2, 3, ..., K, the mean over tasks."""
+    """Errors of one optimizer, the mean over tasks."""
 
     momentum: float
-    ks: np.ndarray
-    measured: np.ndarray
     exact: np.ndarray
+    """At k = 2, 3, ..., K."""
+    ks: np.ndarray
+    """Where it was measured too."""
+    measured: np.ndarray
+
+    @property
+    def horizon(self) -> int:
+        """K."""
+        return len(self.exact) + 1
 
     @property
     def deviation(self) -> float:
         """The largest difference, relative to the exact error."""
-        return float(np.max(np.abs(self.measured - self.exact) / self.exact))
+        exact = self.exact[self.ks - 2]
+        return float(np.max(np.abs(self.measured - exact) / exact))
 
 
 class _Point(nn.Module):
@@ -52,7 +62,8 @@ def check(*, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: 
     root = generator.standard_normal((TASKS, DIMENSION, DIMENSION))
     matrices = root @ root.transpose(0, 2, 1) / DIMENSION + 0.2 * np.eye(DIMENSION)
     centres = generator.standard_normal((TASKS, DIMENSION))
-    gauge = Gauge(lambda k: k > 1, every_task=True)
+    ks = np.unique(np.geomspace(2, horizon, POINTS).round().astype(int))
+    gauge = Gauge(lambda k: k in ks, every_task=True)
     trainer = MetaTrainer(
         lambda task: _Point(), [_task(t, matrices[t], centres[t]) for t in range(TASKS)], "trajectory-shifting",
         horizon=horizon, rounds=1, meta_lr=beta, inner=Inner(lr=alpha, options={"momentum": momentum}),
@@ -64,7 +75,7 @@ def check(*, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: 
     shifts = torch.diff(torch.stack(path), dim=0).numpy()
     measured = np.array([row["error"] for row in gauge.take()]).reshape(-1, TASKS).mean(1)
     exact = np.mean([_errors(matrix, shifts, alpha, momentum) for matrix in matrices], axis=0)
-    return Check(momentum, np.arange(2, horizon + 1), measured, exact)
+    return Check(momentum, exact, ks, measured)
 
 
 def _task(index: int, matrix: np.ndarray, centre: np.ndarray) -> Task:
