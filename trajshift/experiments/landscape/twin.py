@@ -254,8 +254,8 @@ class _Probe:
         return _rows(self._twin.landscape.gradient_at(self._twin.theta))
 
     def hessian(self, row: int) -> Hessian:
-        """Never asked for: implicit meta-gradients are refused."""
-        raise NotImplementedError
+        """Never asked for."""
+        raise AssertionError("implicit meta-gradients are refused before a run")
 
 
 def _rows(points: Tensor) -> Tensor:
