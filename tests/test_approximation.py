@@ -341,8 +341,17 @@ def test_other_models_are_measured_as_they_are() -> None:
         networks(chosen_recipe("digits", ["model.options.pool=avg"]))
 
 
-def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
-    words = ["experiment", "approximation-error", "digit", "--quick", "--out", str(tmp_path / "out")]
-    said = subprocess.run([sys.executable, "-m", "trajshift", *words], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["digit"], "no recipe 'digit': neither a file nor built in; did you mean 'digits'?"),
+        (["digits", "small-images"], "two recipes are named, 'digits' and 'small-images'; name one"),
+        (["model.option.width=3"], "digits.yaml: unknown field 'option' in model; did you mean 'options'?"),
+    ],
+)
+def test_the_command_names_what_is_wrong(words: list[str], sentence: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trajshift", "experiment", "approximation-error", *words]
+    said = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert said.returncode == 2
-    assert said.stderr == "trajshift: no recipe 'digit': neither a file nor built in; did you mean 'digits'?\n"
+    assert said.stderr == f"trajshift: {sentence}\n"
+    assert not (tmp_path / "out").exists()

@@ -85,6 +85,8 @@ CLOCKS = ("timing.jsonl", "environment.json", "recipe.yaml", "demo.log")
         (["--help"], 0),
         (["train", "--help"], 0),
         (["methods"], 0),
+        (["experiment", "landscape", "--help"], 0),
+        (["experiment", "approximation-error", "--help"], 0),
         (["train", "digits", "--print-config"], 0),
         (["train", "digits", "method=reptil"], 2),
         (["sweep", "digits", "meta_lr=1"], 2),

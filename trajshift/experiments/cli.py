@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trajshift.errors import UsageError
+
 app = typer.Typer(
     help="Run an experiment of the paper: numbers, figures and a page.",
     no_args_is_help=True,
@@ -20,7 +22,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results;
 def landscape(
     out: Out = None,
     study: Annotated[
-        bool, typer.Option("--study", help="Also compare all methods over all starts and 20 random task sets.")
+        bool,
+        typer.Option(
+            "--study",
+            help="Also compare all methods over all starts and 20 random task sets, tuned; 20 minutes of one core.",
+        ),
     ] = False,
 ) -> None:
     """The synthetic study (section 4.1): figures 4 and 5, findings and a page to play with (under a minute)."""
@@ -31,21 +37,28 @@ def landscape(
 
 @app.command("approximation-error")
 def approximation_error(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Whose tasks, model and batches; default the digits.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of the recipe.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY.PATH=VALUE]...",
+            help="A recipe whose tasks, model and batches are used (default: small networks on two digits tasks), "
+            "and fields of it.",
+        ),
     ] = None,
     out: Out = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two draws and few steps: a check, no result.")] = False,
 ) -> None:
     """How far a shifted trajectory is from the one it stands for (section 3.3): figure 3, orders, better shifts.
 
-    About 15 minutes on two cores; what is measured is kept, and the same command goes on.
+    About 15 minutes on two cores with the default recipe; what is measured is kept, and the same command goes on.
     """
+    from trajshift.commands import split_words
     from trajshift.experiments.approximation.experiment import run_experiment
     from trajshift.experiments.approximation.plan import QUICK
 
     default = Path("runs/approximation-error-quick" if quick else "runs/approximation-error")
-    run_experiment(out or default, recipe, overrides or [], plan=QUICK if quick else None)
+    names, overrides = split_words(words or [])
+    if len(names) > 1:
+        raise UsageError(f"two recipes are named, {names[0]!r} and {names[1]!r}; name one")
+    recipe = names[0] if names else None
+    run_experiment(out or default, recipe, overrides, plan=QUICK if quick else None)
