@@ -81,11 +81,10 @@ def _row(one: Measured) -> dict[str, object]:
 def _about(units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) -> str:
     """What was run, in a sentence or two."""
     tasks = ", ".join(recipe.source_tasks())
-    options = dict(recipe.model.options)
+    options = f" {recipe.model.options}" if recipe.model.options else ""
     count = next(iter(units.values()))["parameters"]
     return (
-        f"Model {recipe.model.name} {options or ''} with {count:,} shared parameters ({'; '.join(networks)}), tasks "
-        f"{tasks}, "
+        f"Model {recipe.model.name}{options} with {count:,} shared parameters ({'; '.join(networks)}), tasks {tasks}, "
         f"batches of {recipe.batch_size}, float64, the start of training; {plan.draws} draws (start, heads and "
         f"batches), tasks "
         f"averaged within a draw; intervals are 95% t-intervals over draws. Both sides see the same batches. "
@@ -169,10 +168,16 @@ def _orders(fitted: Sequence[Slope]) -> list[str]:
         parts = []
         for shifts in (PRESCRIBED, DISPLACEMENT):
             mine = [s for s in fitted if s.predicted and (s.network, s.shifts) == (network, shifts)]
-            each = ", ".join(f"{s.variable}^{_plain(s.measured)} (predicted {s.predicted})" for s in mine)
+            each = ", ".join(f"{_power(s)} (predicted {s.predicted})" for s in mine)
             parts.append(f"{shifts} shifts {each}")
         said.append(f"Orders for plain SGD with {network}: {'; '.join(parts)}.")
     return said
+
+
+def _power(slope: Slope) -> str:
+    if slope.measured is None:
+        return f"{slope.variable}: fewer than two points in the regime"
+    return f"{slope.variable}^{_plain(slope.measured)}"
 
 
 def _better(compared: Sequence[Comparison]) -> list[str]:
@@ -205,7 +210,7 @@ def _plain(one: Estimate | None) -> str:
 def _percent(one: Estimate | None) -> str:
     if one is None:
         return "-"
-    return f"{100 * one.mean:.2g}%" + ("" if one.half_width is None else f" ± {100 * one.half_width:.2g}")
+    return f"{100 * one.mean:.3g}%" + ("" if one.half_width is None else f" ± {100 * one.half_width:.2g}")
 
 
 def _times(log_ratio: Estimate | None) -> str:
