@@ -84,12 +84,10 @@ def _about(units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) ->
     options = f" {recipe.model.options}" if recipe.model.options else ""
     count = next(iter(units.values()))["parameters"]
     return (
-        f"Model {recipe.model.name}{options} with {count:,} shared parameters ({'; '.join(networks)}), tasks {tasks}, "
-        f"batches of {recipe.batch_size}, float64, the start of training; {plan.draws} draws (start, heads and "
-        f"batches), tasks "
-        f"averaged within a draw; intervals are 95% t-intervals over draws. Both sides see the same batches. "
-        f"Momentum is "
-        f"0.9; Adam's learning rates are a tenth of those of SGD; no weight decay."
+        f"Model {recipe.model.name}{options} with {count:,} shared parameters ({'; '.join(networks)}), tasks "
+        f"{tasks}, batches of {recipe.batch_size}, float64, the start of training; {plan.draws} draws (start, heads "
+        "and batches), tasks averaged within a draw; intervals are 95% t-intervals over draws. Both sides see the "
+        "same batches. Momentum is 0.9; Adam's learning rates are a tenth of those of SGD; no weight decay."
     )
 
 
@@ -111,9 +109,8 @@ def _findings(
     said += _orders(fitted)
     worst = max(one.deviation for one in checks)
     said.append(
-        f"On quadratic losses, where the error is known in closed form, the measured error agrees with it to a "
-        f"relative "
-        f"{worst:.1e} at {len(checks[0].ks)} k from 2 to {checks[0].horizon}, with and without momentum."
+        "On quadratic losses, where the error is known in closed form, the measured error agrees with it to a "
+        f"relative {worst:.1e} at {len(checks[0].ks)} k from 2 to {checks[0].horizon}, with and without momentum."
     )
     said += _better(compared)
     overflowed = sum(int(np.any(~np.isfinite(one.error), axis=1).sum()) for one in table)
@@ -183,7 +180,8 @@ def _power(slope: Slope) -> str:
 def _better(compared: Sequence[Comparison]) -> list[str]:
     return [
         f"Against the identity shift, along the same shifts of phi, {network}: lower error (p < 0.05 after Holm's "
-        f"correction) for {_shown(compared, network, lower=True)}; higher for {_shown(compared, network, lower=False)}."
+        f"correction) for {_shown(compared, network, lower=True)}; higher for "
+        f"{_shown(compared, network, lower=False)}."
         for network in dict.fromkeys(one.network for one in compared)
     ]
 
@@ -244,26 +242,20 @@ def _shift_table(compared: Sequence[Comparison]) -> Table:
 
 _SLOPES = (
     "Exponents fitted in log-log, draw by draw, mean and 95% interval; in brackets what equation 5 predicts for "
-    "plain SGD. "
-    f"In k: at the smallest alpha, from k = {FIRST_K} on, where alpha h k is at most {SMALL:g}, with h the Hessian's "
-    f"norm at "
-    f"the start; and over the same k at the middle alpha, where no order is predicted. In alpha and beta: at k = "
-    f"{SLOPE_K}, "
-    f"in alpha where alpha h k is at most {SMALL:g}."
+    f"plain SGD. In k: at the smallest alpha, from k = {FIRST_K} on, where alpha h k is at most {SMALL:g}, with h "
+    "the Hessian's norm at the start; and over the same k at the middle alpha, where no order is predicted. In "
+    f"alpha and beta: at k = {SLOPE_K}, in alpha where alpha h k is at most {SMALL:g}."
 )
 _SHIFTS = (
     "Error over that of the identity shift along the same shifts of phi (SGD with momentum): geometric mean over "
-    "draws with "
-    "its 95% interval; * marks p < 0.05 of the paired test after Holm's correction over the table."
+    "draws with its 95% interval; * marks p < 0.05 of the paired test after Holm's correction over the table."
 )
 _ESTIMATES = (
     "hold leaves theta where it is. scalar takes dU_k/dphi as a multiple of the identity, from the curvature along "
-    "the shift "
-    "(a Hessian-vector product every 10 steps). diagonal takes it as a diagonal, from squared gradients, at no extra "
-    "pass. "
-    "tangent corrects the shift to first order in alpha, velocity adds what dv_k/dphi = c_k H, c_k = (1 - mu^k) / (1 "
-    "- mu), "
-    "says to the momentum buffers; both use a Hessian-vector product every 10 steps."
+    "the shift (a Hessian-vector product every 10 steps). diagonal takes it as a diagonal, from squared gradients, "
+    "at no extra pass. tangent corrects the shift to first order in alpha, velocity adds what dv_k/dphi = c_k H, "
+    "c_k = (1 - mu^k) / (1 - mu), says to the momentum buffers; both take two Hessian-vector products every 10 "
+    "steps."
 )
 
 
@@ -284,39 +276,32 @@ def _markdown(about: str, findings: Sequence[str], tables: dict[str, Table]) -> 
 def _page(about: str, findings: Sequence[str], tables: dict[str, Table], figures: dict[str, str]) -> Page:
     page = Page("How far is a shifted trajectory from the one it stands for?")
     page.paragraph(
-        "Trajectory shifting never restarts a task: when the initialization phi moves by d, every running trajectory "
-        "is "
-        "moved by the same d, as if the inner run were a translation of its start (equation 3). The price is the "
-        "approximation error of equation 5: error(k) = ||U_k(phi + d_1 + ... + d_(k-1)) - theta_k||, the distance "
-        "between "
-        "the shifted trajectory and the one that k inner steps from the moved start would give.",
+        "Trajectory shifting never restarts a task: when the initialization phi moves by d, every running "
+        "trajectory is moved by the same d, as if the inner run were a translation of its start (equation 3). The "
+        "price is the approximation error of equation 5: error(k) = ||U_k(phi + d_1 + ... + d_(k-1)) - theta_k||, "
+        "the distance between the shifted trajectory and the one that k inner steps from the moved start would "
+        "give.",
         "lead",
     )
     page.paragraph(about, "quiet")
     page.heading("Figure 3 of the paper")
     page.figure(
         figures["error"],
-        "Error against inner learning rate, meta-learning rate and trajectory length; mean and 95% interval over draws "
-        "(an interval that reaches zero is cut at a tenth of the mean).",
+        "Error against inner learning rate, meta-learning rate and trajectory length; mean and 95% interval over "
+        "draws (an interval that reaches zero is cut at a tenth of the mean).",
     )
     page.paragraph(
-        "The error grows with every one of the three. The network without kinks (Softplus, average-pooling) stays "
-        "below "
-        "the one with them: a ReLU or a maximum that switches between the two trajectories makes their gradients "
-        "differ "
-        "at once, where a smooth network's gradients part slowly."
-        if len(dict.fromkeys(row[0] for row in tables["slopes"][1])) == 2
-        else "The error against each of the three, the others at their middle value."
+        "A ReLU or a maximum that switches between the two trajectories makes their gradients differ at once, where "
+        "the gradients of a smooth network part slowly. How much that adds is among the findings below."
     )
     page.figure(
         figures["relative"], "The same relative to ||theta_k - phi||, the distance that the meta-gradient measures."
     )
     page.heading("The orders of equation 5")
     page.paragraph(
-        "Each shift d_i acts on theta for only k - i of its k steps; the i steps before it are missing. Each missing "
-        "step "
-        "would have contracted d_i by I - alpha H. So the error is about alpha h sum_i i |d_i|: k^2 for shifts of one "
-        "length, and k^3 for displacements, which themselves grow like alpha i."
+        "Each shift d_i acts on theta for only k - i of its k steps; the i steps before it are missing. Each "
+        "missing step would have contracted d_i by I - alpha H. So the error is about alpha h sum_i i |d_i|: k^2 "
+        "for shifts of one length, and k^3 for displacements, which themselves grow like alpha i."
     )
     page.figure(
         figures["orders"], "Plain SGD against the predicted powers of k, and quadratics against their closed form."
