@@ -25,6 +25,7 @@ from trajshift.experiments.approximation.summary import (
     measured,
     slopes,
 )
+from trajshift.experiments.tables import LEVEL, Table, show
 from trajshift.figures import save
 from trajshift.page import Page
 from trajshift.recipe import Recipe
@@ -33,10 +34,6 @@ from trajshift.statistics import Estimate
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check
-
-Table = tuple[list[str], list[list[str]]]
-LEVEL = 0.05
-"""Of the tests, after Holm's correction."""
 
 
 def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) -> Path:
@@ -174,7 +171,7 @@ def _orders(fitted: Sequence[Slope]) -> list[str]:
 def _power(slope: Slope) -> str:
     if slope.measured is None:
         return f"{slope.variable}: fewer than two points in the regime"
-    return f"{slope.variable}^{_plain(slope.measured)}"
+    return f"{slope.variable}^{show(slope.measured, 2)}"
 
 
 def _better(compared: Sequence[Comparison]) -> list[str]:
@@ -199,12 +196,6 @@ def _shown(compared: Sequence[Comparison], network: str, *, lower: bool) -> str:
 # -- tables and text -----------------------------------------------------------------------------------------
 
 
-def _plain(one: Estimate | None) -> str:
-    if one is None:
-        return "-"
-    return f"{one.mean:.2f}" + ("" if one.half_width is None else f" ± {one.half_width:.2f}")
-
-
 def _percent(one: Estimate | None) -> str:
     if one is None:
         return "-"
@@ -226,9 +217,9 @@ def _slope_table(fitted: Sequence[Slope]) -> Table:
     rows: dict[tuple[str, ...], list[str]] = {}
     for slope in fitted:
         line = (slope.network, slope.optimizer, slope.shifts)
-        cell = _plain(slope.measured) + (f" [{slope.predicted}]" if slope.predicted else "")
+        cell = show(slope.measured, 2) + (f" [{slope.predicted}]" if slope.predicted else "")
         rows.setdefault(line, list(line)).append(cell)
-    return ["network", "inner optimizer", "shifts", *variables], list(rows.values())
+    return Table(["network", "inner optimizer", "shifts", *variables], list(rows.values()), _SLOPES)
 
 
 def _shift_table(compared: Sequence[Comparison]) -> Table:
@@ -237,7 +228,7 @@ def _shift_table(compared: Sequence[Comparison]) -> Table:
     for one in compared:
         cell = _times(one.ratio) + ("*" if one.p is not None and one.p < LEVEL else "")
         rows.setdefault((one.network, one.carry), [one.network, one.carry]).append(cell)
-    return ["network", "carry", *(f"k = {k}" for k in ks)], list(rows.values())
+    return Table(["network", "carry", *(f"k = {k}" for k in ks)], list(rows.values()), _SHIFTS)
 
 
 _SLOPES = (
@@ -260,16 +251,10 @@ _ESTIMATES = (
 
 
 def _markdown(about: str, findings: Sequence[str], tables: dict[str, Table]) -> str:
-    def table(content: Table) -> str:
-        header, rows = content
-        lines = [header, ["---"] * len(header), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
     points = "\n".join(f"- {finding}" for finding in findings)
     return (
-        f"# Approximation error of the shift\n\n{about}\n\n{points}\n\n## "
-        f"Orders\n\n{_SLOPES}\n\n{table(tables['slopes'])}\n\n"
-        f"## Better shifts\n\n{_ESTIMATES} {_SHIFTS}\n\n{table(tables['shifts'])}\n"
+        f"# Approximation error of the shift\n\n{about}\n\n{points}\n\n## Orders\n\n{tables['slopes'].markdown()}\n"
+        f"## Better shifts\n\n{_ESTIMATES}\n\n{tables['shifts'].markdown()}"
     )
 
 
@@ -306,13 +291,14 @@ def _page(about: str, findings: Sequence[str], tables: dict[str, Table], figures
     page.figure(
         figures["orders"], "Plain SGD against the predicted powers of k, and quadratics against their closed form."
     )
-    page.table(*tables["slopes"], caption=_SLOPES, text=(1, 2))
+    orders, shifts = tables["slopes"], tables["shifts"]
+    page.table(orders.header, orders.rows, orders.caption, text=(1, 2))
     page.heading("Is there a better shift than the identity?")
     page.paragraph(_ESTIMATES)
     page.figure(
         figures["shifts"], "Error of each estimate over that of the identity shift, along the same shifts of phi."
     )
-    page.table(*tables["shifts"], caption=_SHIFTS, text=(1,))
+    page.table(shifts.header, shifts.rows, shifts.caption, text=(1,))
     page.heading("Findings of this run")
     for finding in findings:
         page.paragraph(finding)

@@ -14,12 +14,10 @@ from trajshift.experiments.landscape.summary import (
     OURS,
     REPTILE,
     Comparison,
-    Table,
     compared,
     lower,
-    show,
-    show_p,
 )
+from trajshift.experiments.tables import Table, show, show_p
 from trajshift.statistics import Estimate, PairedTest, compare, interval
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import numpy as np
 from trajshift.experiments.landscape.drawing import distribution_figure
 from trajshift.experiments.landscape.measure import METHODS, Limit, yardsticks
 from trajshift.experiments.landscape.study import Row, StudySettings, key_of, limit_of
-from trajshift.experiments.landscape.summary import Comparison, Table, compared, show, show_p
+from trajshift.experiments.landscape.summary import Comparison, compared
 from trajshift.experiments.perform import Key
+from trajshift.experiments.tables import Table, show, show_p
 from trajshift.figures import save
 from trajshift.rundir import environment, replace_file
 

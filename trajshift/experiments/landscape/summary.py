@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trajshift.experiments.tables import LEVEL
 from trajshift.statistics import Estimate, PairedTest, holm, interval, paired_test
 
 PerSet = dict[str, dict[int, float]]
@@ -28,8 +29,6 @@ PAIRS = (
     (OURS, "fomaml"),
 )
 """Comparisons that are tested, fixed in advance."""
-LEVEL = 0.05
-"""Of the tests, after Holm's correction."""
 
 
 def family(tests: Sequence[PairedTest]) -> dict[tuple[str, str], PairedTest]:
@@ -82,35 +81,6 @@ def compared(quality: Mapping[str, Array], yardsticks: Array) -> Comparison:
         starts=finite.size,
         left_out=int((~finite).sum()),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Header, rows and a caption."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self.caption}\n"
-
-
-def show(estimate: Estimate | None, digits: int = 3, sign: bool = False) -> str:
-    """`1.23 ± 0.45`."""
-    if estimate is None:
-        return "-"
-    mean = f"{estimate.mean:{'+' if sign else ''}.{digits}f}"
-    return mean if estimate.half_width is None else f"{mean} ± {estimate.half_width:.{digits}f}"
-
-
-def show_p(test: PairedTest) -> str:
-    """The corrected p, or why there is none."""
-    if test.p_holm is None:
-        return test.reason or "-"
-    return "< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"
 
 
 def lower(test: PairedTest) -> bool | None:
