@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError
 from trajshift.pool import stop_on_signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Key = tuple[Any, ...]
 Jobs = dict[Key, Callable[[], Any]]
@@ -35,10 +38,10 @@ def perform(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
         pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare)
         stack.enter_context(pool)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        waiting = {key: pool.submit(_packed, job) for key, job in jobs.items()}
+        waiting = {key: pool.submit(_done, job) for key, job in jobs.items()}
         for key, future in waiting.items():
             try:
-                yield key, pickle.loads(future.result())
+                yield key, future.result()
             except BrokenProcessPool:
                 raise UsageError(
                     "a process died, perhaps for want of memory; give the same command again to go on"
@@ -51,11 +54,18 @@ def _prepare() -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, _by_value)
 
 
-def _packed(job: Callable[[], Any]) -> bytes:
-    """Bytes between two processes: tensors sent as such would each hold a file of shared memory open."""
+def _by_value(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor travels to the parent: PyTorch's own way holds a file of shared memory open for each."""
+    import torch
+
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def _done(job: Callable[[], Any]) -> Any:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
         os._exit(1)
-    return pickle.dumps(job())
+    return job()
