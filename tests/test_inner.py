@@ -139,7 +139,7 @@ def test_unknown_names_and_options_are_told_in_one_sentence() -> None:
 
 def test_a_callable_is_an_optimizer_too() -> None:
     def mine(parameters: list[nn.Parameter], lr: float, strength: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=lr, momentum=strength)
+        return torch.optim.SGD(parameters, lr=lr, momentum=strength, fused=True)
 
     ends = [
         everything(run(make("trajectory-shifting", image_tasks(), inner=inner)))

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from trajshift.errors import UsageError, nearest
 
 _ELEMENTWISE = {"SGD", "Adam", "AdamW", "RMSprop"}
+_FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW}
+"""Optimizers that PyTorch has as one kernel over all parameters, on the CPU and on CUDA."""
 _REFUSED = {
     "LBFGS": "it needs a closure that evaluates the loss several times a step",
     "SparseAdam": "it needs sparse gradients, and a trajectory is one dense row",
@@ -67,8 +69,13 @@ class Inner:
             )
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer on these parameters."""
-        return build_optimizer(self.optimizer, parameters, lr=self.lr, **self.options)
+        """The optimizer on these parameters; the fused one where PyTorch has it and the options leave it open."""
+        parameters = list(parameters)
+        options = dict(self.options)
+        kind = optimizer_class(self.optimizer)
+        if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys():
+            options["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        return build_optimizer(self.optimizer, parameters, lr=self.lr, **options)
 
     def lr_at(self, fraction: float) -> float:
         """The learning rate once `fraction` of the horizon, in [0, 1), is done."""
@@ -112,8 +119,8 @@ def build_optimizer(
     return built
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group."""
+def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
+    """Sets the learning rate of every parameter group; a tensor (of fused optimizers alone) is read by the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
