@@ -81,6 +81,8 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         device=device(recipe.device),
         grad_clip=recipe.grad_clip,
         autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
+        channels_last=recipe.channels_last,
+        engine=recipe.engine,
         gauge=None if recipe.output.error_every is None else Gauge.every(recipe.output.error_every, recipe.horizon),
     )
 

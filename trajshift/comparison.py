@@ -20,7 +20,8 @@ Row = dict[str, Any]
 SCRATCH = "scratch"
 FINAL = "initialization"
 _IGNORED = (
-    "seed", "output", "device", "workers", "threads", "data.root", "finetune", "targets", "tuning",
+    "seed", "output", "device", "workers", "threads", "engine", "channels_last", "data.root", "finetune", "targets",
+    "tuning",
 )  # fmt: skip
 """Fields that make no other label: a label is averaged over seeds, and the others do not change phi."""
 _PREFERRED = ("accuracy", "mse", "loss")

@@ -18,10 +18,20 @@ from trajshift.data.batches import TaskBatches
 from trajshift.data.hashing import key, seed_generators
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
 from trajshift.data.stream import Stream
+from trajshift.engines.memory import keep_memory
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
 from trajshift.initialization import Initialization
 from trajshift.inner import Inner, set_lr
-from trajshift.learner import Factory, as_factory, find_heads, fresh_module, head_key, phi_key
+from trajshift.learner import (
+    Factory,
+    as_factory,
+    faster_channels_last,
+    find_heads,
+    fresh_module,
+    head_key,
+    phi_key,
+    to_channels_last,
+)
 from trajshift.recipe_fields import SGD_OPTIONS
 from trajshift.task import Task
 from trajshift.trajectories import is_in_head
@@ -138,6 +148,10 @@ def finetune(
     )
     device = torch.device(device)
     module, started_from, fresh = build_module(initialization, task, model=model, head=head, seed=seed, dtype=dtype)
+    if faster_channels_last(module):
+        to_channels_last(module)
+    if device.type == "cpu":
+        keep_memory()
     module.to(device)
     images = training_images(task, train_images)
     task = few(task, train_images, seed)

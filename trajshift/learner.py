@@ -68,6 +68,16 @@ def as_factory(model: Factory | nn.Module, heads: str | Sequence[str] | None) ->
     return build
 
 
+def faster_channels_last(module: nn.Module) -> bool:
+    """Whether it has float32 convolutions over images (a ResNet20's step then takes three quarters of the time)."""
+    return any(isinstance(part, nn.Conv2d) and part.weight.dtype is torch.float32 for part in module.modules())
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """The module, its convolutions' weights laid out channels-last; they make the activations follow."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def fresh_module(factory: Factory, task: Task, draw: int) -> nn.Module:
     """A module from the factory with all its random numbers drawn from one key, in training mode."""
     with seeded(draw, torch.device("cpu")):
@@ -98,6 +108,8 @@ class Blueprint:
     """The first phi `[P]`, on the CPU."""
     frozen: dict[str, Tensor]
     """Frozen parameters with the same shape in all tasks: they exist once."""
+    channels_last: bool
+    """Whether the factory's modules keep their convolutions' weights channels-last."""
 
     @classmethod
     def inspect(
@@ -107,6 +119,7 @@ class Blueprint:
         head: str | Sequence[str] | None,
         rule: Sequence[str] | None,
         seed: int,
+        channels_last: bool | None = None,
     ) -> Blueprint:
         """Builds the model for each task, decides what is shared and draws the first phi.
 
@@ -114,6 +127,11 @@ class Blueprint:
             UsageError: no head can be found, or the sharing rule does not fit.
         """
         first = fresh_module(factory, tasks[0], phi_key(seed))
+        if channels_last is None:
+            channels_last = faster_channels_last(first)
+        if channels_last:
+            made = factory
+            factory, first = lambda task: to_channels_last(made(task)), to_channels_last(first)
         heads = find_heads(first, head, rule)
         frozen = {name: p.data for name, p in first.named_parameters() if not p.requires_grad}
         trainable: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -125,7 +143,7 @@ class Blueprint:
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
-        return cls(factory, layout, heads, phi, frozen)
+        return cls(factory, layout, heads, phi, frozen, channels_last)
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
@@ -272,14 +290,15 @@ class Learner:
             raise UsageError(f"the loss of task {self.task.name!r} has shape {tuple(loss.shape)}; return one number")
         return loss
 
-    def backward(self, step: int, *, autocast: torch.dtype | None, shared: bool) -> Tensor:
-        """Gradients of the loss on training batch `step`; returns the loss, detached.
-
-        The global generator is set per (seed, task, step), so dropout draws the same numbers however the
-        step is reached. With `shared` False only the task's own parameters get gradients.
-        """
-        batch = self.batches.train(step)
+    def seed_generators(self, step: int) -> None:
+        """Sets the global generator per (seed, task, step): dropout draws the same however a step is reached."""
         seed_generators(key(self.seed, self.task.name, "forward", step), self.device)
+
+    def backward(self, batch: Batch, *, autocast: torch.dtype | None, shared: bool) -> Tensor:
+        """Gradients of the loss on a batch; returns the loss, detached.
+
+        With `shared` False only the task's own parameters get gradients.
+        """
         loss = self.forward(batch, autocast)
         loss.backward(inputs=None if shared else list(self.own.values()))
         return loss.detach()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trajshift.carry import Carry
 from trajshift.distributed import World
+from trajshift.engines import Engine, choose
 from trajshift.errors import UsageError
 from trajshift.gauge import Gauge, joined
 from trajshift.initialization import Initialization
@@ -26,7 +27,7 @@ from trajshift.presets import Method
 from trajshift.probe import RosterProbe
 from trajshift.roster import Roster
 from trajshift.tally import Tally
-from trajshift.task import Task
+from trajshift.task import Batch, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class MetaTrainer:
         grad_clip: largest gradient norm of a task in an inner step.
         autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
         gauge: measures the shift's approximation error meanwhile; None does not.
+        channels_last: keeps convolutions' weights and activations channels-last; None where that is faster.
+        engine: how the steps are run: `loop`, `parallel` or `auto`, which takes the fastest that can.
 
     Raises:
         UsageError: whatever does not fit, in one sentence.
@@ -122,6 +125,8 @@ class MetaTrainer:
         grad_clip: float | None = None,
         autocast: torch.dtype | None = None,
         gauge: Gauge | None = None,
+        channels_last: bool | None = None,
+        engine: str | Engine = "auto",
     ) -> None:
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; use at least 1")
@@ -145,6 +150,7 @@ class MetaTrainer:
         self.blueprint, self.phi = plan_model(
             model, listed, self.method,
             head=head, shared=shared, seed=seed, initialization=initialization, device=self.device,
+            channels_last=channels_last,
         )  # fmt: skip
         self.layout = self.blueprint.layout
         self.outer = plan_outer(
@@ -161,6 +167,7 @@ class MetaTrainer:
         )  # fmt: skip
         self.step = 0
         self.tally = Tally(self.device)
+        self.engine = choose(engine, self)
         self.world.same(self.initialization.digest(), "the first phi")
 
     # -- where the run stands --------------------------------------------------------------------------------
@@ -216,20 +223,25 @@ class MetaTrainer:
 
     def advance(self) -> Event:
         """One inner step of all learners, and the meta-update if one is due (Algorithm 2, lines 6 to 13)."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.engine.running():
             if self.k == 0:
                 self._reset()
-            losses = self._inner_step()
-            if self.gauge is not None:
-                self.gauge.look(self)
-            due = self.k % (self.method.meta_every or 1) == 0
-            if due:
-                delta = self._meta_update()
-                if self.k != 0:
-                    self.carry(self, delta)
-                    self.metagrad.carried(self.theta)
+            losses, due = self.engine.step(self)
         round, k = divmod(self.step - 1, self.horizon)
         return Event(self.step, round, k + 1, self.tally.inner_steps, self.roster.names, losses, due)
+
+    def take_step(self) -> tuple[Tensor, bool]:
+        """One inner step of all learners, then phi and what runs on follow if a meta-update is due."""
+        losses = self._inner_step()
+        if self.gauge is not None:
+            self.gauge.look(self)
+        due = self.k % (self.method.meta_every or 1) == 0
+        if due:
+            delta = self._meta_update()
+            if self.k != 0:
+                self.carry(self, delta)
+                self.metagrad.carried(self.theta)
+        return losses, due
 
     def _reset(self) -> None:
         """theta_0 <- phi for every learner of the round; what else is renewed was chosen by `renew`."""
@@ -245,6 +257,7 @@ class MetaTrainer:
             self.roster.snapshot(self.gauge.chosen(self, self.round))
         self.carry.begin(self)
         self._begin()
+        self.engine.begin(self)
 
     def _begin(self) -> None:
         self.theta.copy_(self.phi)
@@ -254,19 +267,23 @@ class MetaTrainer:
         """theta_k <- theta_{k-1} - alpha grad L_k(theta_{k-1}) for every task; the losses `[T]`."""
         if self.method.joint:
             self.outer.lr = self.inner.lr_at(self.k / self.horizon)
-        losses = [self.step_of(learner, self.step) for learner in self.learners]
+        losses = self.engine.learners_step(self)
         self.step += 1
         losses_T = torch.stack(losses) if losses else self.theta.new_zeros(0)
         self.tally.inner_step(losses_T, self.theta, self.step)
         self.metagrad.observe(self.theta, losses_T, self.roster.gradients)
         return losses_T
 
-    def step_of(self, learner: Learner, step: int) -> Tensor:
-        """One learner's inner step on training batch `step`; its loss before the step."""
+    def step_of(self, learner: Learner, step: int, batch: Batch | None = None, *, seeded: bool = True) -> Tensor:
+        """One learner's inner step on training batch `step`, which may be at hand already; its loss before the step."""
         k = step % self.horizon
         ends = (k + 1) % (self.method.meta_every or 1) == 0
         shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
-        loss = learner.backward(step, autocast=self.autocast, shared=shared)
+        if batch is None:
+            batch = learner.batches.train(step)
+        if seeded:
+            learner.seed_generators(step)
+        loss = learner.backward(batch, autocast=self.autocast, shared=shared)
         if self.metagrad.penalty:
             learner.pull(self.phi, self.metagrad.penalty)
         if self.grad_clip is not None:
@@ -312,6 +329,9 @@ class MetaTrainer:
             "shared": [entry.name for entry in self.layout.entries],
             "heads": list(self.blueprint.heads),
             "ranks": self.world.size,
+            "engine": self.engine.name,
+            **({"engine_because": self.engine.why} if self.engine.why else {}),
+            "channels_last": self.blueprint.channels_last,
         }
 
     # -- metrics and tasks -----------------------------------------------------------------------------------

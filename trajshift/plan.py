@@ -101,10 +101,10 @@ def plan_outer(
 def plan_model(
     model: Factory | nn.Module, tasks: Sequence[Task], method: Method, *,
     head: str | Sequence[str] | None, shared: Sequence[str] | None, seed: int,
-    initialization: Mapping[str, Tensor] | None, device: torch.device,
+    initialization: Mapping[str, Tensor] | None, device: torch.device, channels_last: bool | None,
 ) -> tuple[Blueprint, Tensor]:  # fmt: skip
     """What the tasks share, and the first phi on the device."""
-    blueprint = Blueprint.inspect(as_factory(model, head), tasks, head, shared, seed)
+    blueprint = Blueprint.inspect(as_factory(model, head), tasks, head, shared, seed, channels_last)
     blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
     phi = blueprint.phi.to(device, copy=True)
     if initialization is not None:

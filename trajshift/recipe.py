@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError, nearest
-from trajshift.presets import resolve
+from trajshift.presets import ENGINES, resolve
 from trajshift.recipe_fields import (
     FORBID_UNKNOWN,
     IMPORT_PATH,
@@ -120,7 +120,14 @@ class Recipe:
     """Processes that load sources too large for memory; 0 loads in the training process."""
 
     threads: int | None = None
-    """CPU threads of each process; null shares the cores among the processes. Two counts differ in bits."""
+    """CPU threads of each process; null shares the cores among the processes. Two counts can differ in bits."""
+
+    engine: str = "auto"
+    """How the steps are run: loop (one task after another), parallel (side by side on the CPU's threads) or auto,
+    the fastest of them that can."""
+
+    channels_last: bool | None = None
+    """Keep convolutions channels-last; null does where that is faster."""
 
     initialization: str | None = None
     """A safetensors file that phi starts from; null draws it from the seed."""
@@ -177,6 +184,7 @@ class Recipe:
         at_least("tasks_per_round", self.tasks_per_round, 1, "task")
         at_least("workers", self.workers, 0)
         at_least("threads", self.threads, 1, "thread")
+        one_of("engine", self.engine, ENGINES)
         positive("meta_lr", self.meta_lr)
         if (self.output.error_every or 0) > self.horizon:
             raise UsageError(

@@ -19,8 +19,8 @@ from trajshift.data.stream import Stream
 from trajshift.distributed import World, balance
 from trajshift.errors import UsageError
 from trajshift.inner import Inner
-from trajshift.learner import Blueprint, Learner, fresh_module, head_key
-from trajshift.task import Task
+from trajshift.learner import Blueprint, Learner, fresh_module, head_key, seeded
+from trajshift.task import Task, move
 from trajshift.trajectories import Trajectories
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
@@ -77,17 +77,37 @@ class Roster:
 
     def _cost(self, task: Task) -> float:
         """Floating-point operations of one traced forward pass of a whole batch."""
-        batches = self._batches(task)
-        module = fresh_module(self.blueprint.factory, task, head_key(self.seed, task.name)).to(self.device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            task.compute_loss(module, batches.train(0))
+        with FlopCounterMode(display=False) as counter:
+            self._trial(task)
         return float(counter.get_total_flops())
+
+    def draws(self, name: str) -> bool:
+        """Whether a training forward pass of the task draws from the global generator, as dropout does."""
+        with seeded(0, self.device):
+            before = _generator_state(self.device)
+            self._trial(self.tasks[name])
+            return not torch.equal(before, _generator_state(self.device))
+
+    def _trial(self, task: Task) -> None:
+        """A forward pass of a throw-away module on the first batch, made on the CPU so that no source moves for it."""
+        batches = TaskBatches(
+            task, seed=self.seed, batch_size=self.batch_size, heldout=self.heldout, dtype=self.blueprint.layout.dtype
+        )
+        batch = move(batches.train(0), self.device)
+        module = fresh_module(self.blueprint.factory, task, head_key(self.seed, task.name)).to(self.device)
+        with torch.no_grad():
+            task.compute_loss(module, batch)
 
     def _batches(self, task: Task) -> TaskBatches:
         return TaskBatches(
             task, seed=self.seed, batch_size=self.batch_size,
             device=self.device, heldout=self.heldout, dtype=self.blueprint.layout.dtype,
         )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Tasks that run on this rank in a round, at most."""
+        return min(len(self.local), self.tasks_per_round or len(self.tasks))
 
     @property
     def local(self) -> list[str]:
@@ -105,10 +125,9 @@ class Roster:
     # -- seats -----------------------------------------------------------------------------------------------
 
     def _allocate(self) -> None:
-        rows = min(len(self.local), self.tasks_per_round or len(self.tasks))
-        self._trajectories = Trajectories(self.blueprint.layout, rows, self.device)
+        self._trajectories = Trajectories(self.blueprint.layout, self.rows, self.device)
         columns = self.blueprint.layout.size if self.keep_gradients else 0
-        self._gradients = self._trajectories.theta.new_zeros(rows, columns)
+        self._gradients = self._trajectories.theta.new_zeros(self.rows, columns)
 
     @property
     def theta(self) -> Tensor:
@@ -203,6 +222,10 @@ class Roster:
         """Goes back to the snapshot."""
         for learner in self.learners:
             learner.load(*self.snapshots[learner.task.name])
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _checked(tasks: Sequence[Task], tasks_per_round: int | None) -> dict[str, Task]:

@@ -1,0 +1,64 @@
+"""Engines: ways of running the loop's inner steps. Each gives the numbers of the reference, `loop.py`.
+
+`loop` is the reference itself. `parallel` runs the tasks side by side in threads of one core each (CPU). `auto` takes
+the fastest that can run what was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trajshift.engines.base import Engine
+from trajshift.engines.memory import keep_memory
+from trajshift.engines.parallel import Parallel
+from trajshift.errors import UsageError, nearest
+from trajshift.presets import ENGINES
+
+if TYPE_CHECKING:
+    from trajshift.loop import MetaTrainer
+
+__all__ = ["Engine", "Parallel", "choose"]
+
+
+def choose(engine: str | Engine, trainer: MetaTrainer) -> Engine:
+    """The engine for a trainer whose roster stands; `auto` never fails.
+
+    Raises:
+        UsageError: an unknown name, or an engine that cannot run this, with the reason.
+    """
+    if isinstance(engine, Engine):
+        return engine
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+    if engine == "loop":
+        return Engine()
+    found = _parallel(trainer)
+    if engine == "parallel":
+        if isinstance(found, str):
+            raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
+        return found
+    if trainer.device.type == "cpu":
+        keep_memory()
+    return Engine(why=found) if isinstance(found, str) else found
+
+
+def _parallel(trainer: MetaTrainer) -> Engine | str:
+    threads = torch.get_num_threads()
+    if trainer.device.type != "cpu":
+        return f"it is for the CPU and the device is {trainer.device}"
+    if threads < 2:
+        return "it needs 2 CPU threads and has 1"
+    tasks = trainer.roster.rows
+    shifts = -(-tasks // threads)
+    if tasks < threads or tasks < 0.75 * shifts * threads:
+        return f"{tasks} tasks do not fill {threads} threads"
+    return _draws(trainer) or Parallel(threads)
+
+
+def _draws(trainer: MetaTrainer) -> str | None:
+    for name in trainer.roster.local:
+        if trainer.roster.draws(name):
+            return f"the model of task {name!r} draws random numbers (dropout), which the tasks must do one by one"
+    return None

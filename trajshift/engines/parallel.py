@@ -1,0 +1,101 @@
+"""Tasks side by side: each core runs whole learners, instead of all cores one operation of one learner.
+
+Learners share nothing within an inner step, so they need no thread of a team to wait for another, which a convolution
+split over two threads does. Every learner is computed by one thread whatever their number: the bits are those
+of the loop with one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trajshift.data.hashing import seed_generators
+from trajshift.engines.base import Engine
+from trajshift.errors import UsageError
+from trajshift.task import Batch
+
+if TYPE_CHECKING:
+    from trajshift.loop import MetaTrainer
+
+_TRIAL = (2, 8)
+"""The steps on which both ways are tried, by turns; before them memory and caches warm up."""
+
+
+class Parallel(Engine):
+    """Runs the learners of a step in `threads` threads, if that is faster than one after another (same bits).
+
+    Python runs in one thread at a time, so for small models it is not; the first steps try both ways.
+    """
+
+    name = "parallel"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.threads = threads
+        self.side_by_side: bool | None = None
+        """The way chosen; None while both are tried."""
+        self._executor: ThreadPoolExecutor | None = None
+        self._tried: list[tuple[bool, float]] = []
+        self._last: dict[str, float] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One thread for what runs between the learners' steps, or its bits would depend on their number."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def learners_step(self, trainer: MetaTrainer) -> list[Tensor]:
+        """As the loop, side by side."""
+        if self.side_by_side is not None:
+            return self._side_by_side(trainer) if self.side_by_side else super().learners_step(trainer)
+        way = len(self._tried) % 2 == 1
+        began = time.perf_counter()
+        losses = self._side_by_side(trainer) if way else super().learners_step(trainer)
+        self._tried.append((way, time.perf_counter() - began))
+        if len(self._tried) == _TRIAL[1]:
+            spent = {way: sum(t for w, t in self._tried[_TRIAL[0] :] if w is way) for way in (False, True)}
+            self.side_by_side = spent[True] < spent[False]
+        return losses
+
+    def _side_by_side(self, trainer: MetaTrainer) -> list[Tensor]:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.threads, "learner", torch.set_num_threads, (1,))
+        step = trainer.step
+        # What is read example by example comes from loader processes, or draws from the global generators.
+        ready = {
+            learner.task.name: learner.batches.train(step)
+            for learner in trainer.learners
+            if learner.batches.raw.streams("train")
+        }
+        seed_generators(0, trainer.device)
+        state = torch.get_rng_state()
+        slowest_first = sorted(trainer.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
+        futures = {
+            learner.row: self._executor.submit(self._timed, learner.task.name, trainer.step_of, learner, step, batch)
+            for learner in slowest_first
+            for batch in [ready.get(learner.task.name)]
+        }
+        wait(futures.values())
+        losses = [futures[row].result() for row in range(len(futures))]
+        if not torch.equal(state, torch.get_rng_state()):
+            raise UsageError(
+                f"a model or loss drew random numbers at inner step {step + 1} and had not before; use engine=loop"
+            )
+        return losses
+
+    def _timed(self, name: str, call: Callable[..., Tensor], *arguments: Batch) -> Tensor:
+        began = time.perf_counter()
+        loss = call(*arguments, seeded=False)
+        self._last[name] = time.perf_counter() - began
+        return loss
