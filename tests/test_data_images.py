@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trajshift.data.hashing import integers, key
-from trajshift.data.images import ImageTransform, crop_and_flip, image_task
+from trajshift.data.hashing import integers, key, words
+from trajshift.data.images import ImageTransform, crop_and_flip, draw_crops, image_task
 from trajshift.errors import UsageError
 
 
@@ -28,12 +28,21 @@ def one_by_one(images: np.ndarray, draw: int, padding: int, flip: bool) -> np.nd
     return result
 
 
+def cropped(images: torch.Tensor, number: int, *, padding: int, flip: bool) -> torch.Tensor:
+    keys = key(number, "crop"), key(number, "flip")
+    draw = draw_crops(*keys, torch.arange(2 * len(images)), padding=padding)
+    together = draw_crops(*(words([3, one]) for one in keys), torch.arange(2 * len(images)), padding=padding)
+    assert torch.equal(together[1], draw)  # for many batches at once
+    assert together.shape == (2, 3, len(images))
+    return crop_and_flip(images, draw, padding=padding, flip=flip)
+
+
 @pytest.mark.parametrize("shape", [(33, 3, 8, 8), (5, 1, 6, 9), (1, 2, 3, 3)])
 @pytest.mark.parametrize(("padding", "flip"), [(0, True), (2, False), (4, True)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
 def test_crop_and_flip_equals_the_loop(shape: tuple[int, ...], padding: int, flip: bool, dtype: torch.dtype) -> None:
     images = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    fast = crop_and_flip(images, 77, padding=padding, flip=flip)
+    fast = cropped(images, 77, padding=padding, flip=flip)
     assert fast.dtype == dtype
     assert fast.is_contiguous()
     assert np.array_equal(fast.numpy(), one_by_one(images.numpy(), 77, padding, flip))
@@ -43,7 +52,7 @@ def test_every_shift_and_both_sides_occur_alike() -> None:
     count, padding = 9000, 1
     images = torch.zeros(count, 1, 4, 4, dtype=torch.uint8)
     images[:, :, 1, 1] = 1
-    places = crop_and_flip(images, 3, padding=padding, flip=True).flatten(1).argmax(1).bincount(minlength=16)
+    places = cropped(images, 3, padding=padding, flip=True).flatten(1).argmax(1).bincount(minlength=16)
     rows = places.view(4, 4)
     assert (rows[:3].sum(1) - count / 3).abs().max() < 200
     assert rows[3].sum() == 0
@@ -54,9 +63,9 @@ def test_every_shift_and_both_sides_occur_alike() -> None:
 
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
-    whole = crop_and_flip(images, 5, padding=2, flip=True)
-    assert torch.equal(crop_and_flip(images[:7], 5, padding=2, flip=True), whole[:7])
-    assert not torch.equal(crop_and_flip(images, 6, padding=2, flip=True), whole)
+    whole = cropped(images, 5, padding=2, flip=True)
+    assert torch.equal(cropped(images[:7], 5, padding=2, flip=True), whole[:7])
+    assert not torch.equal(cropped(images, 6, padding=2, flip=True), whole)
 
 
 def test_normalisation() -> None:

@@ -298,7 +298,7 @@ def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> N
             raise UsageError(f"checkpoint {path} is of another model: it has no {what}; use the model it was made with")
         view.copy_(saved)
     trainer.outer.load({n: t.to(trainer.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
-    trainer.tally.update_norm = shared["update_norm"].to(trainer.device)
+    trainer.tally.update_norm.copy_(shared["update_norm"])
     trainer.tally.inner_steps = numbers["inner_steps"]
     trainer.tally.counts = Counter(numbers["counts"] if trainer.world.rank == 0 else {})
     if trainer.gauge is not None:

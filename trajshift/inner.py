@@ -69,13 +69,8 @@ class Inner:
             )
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer on these parameters; the fused one where PyTorch has it and the options leave it open."""
-        parameters = list(parameters)
-        options = dict(self.options)
-        kind = optimizer_class(self.optimizer)
-        if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys():
-            options["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        return build_optimizer(self.optimizer, parameters, lr=self.lr, **options)
+        """The optimizer on these parameters."""
+        return build_optimizer(self.optimizer, parameters, lr=self.lr, **self.options)
 
     def lr_at(self, fraction: float) -> float:
         """The learning rate once `fraction` of the horizon, in [0, 1), is done."""
@@ -108,10 +103,13 @@ def optimizer_class(optimizer: str | Callable[..., Optimizer]) -> Callable[..., 
 def build_optimizer(
     optimizer: str | Callable[..., Optimizer], parameters: Iterable[nn.Parameter], **options: Any
 ) -> Optimizer:
-    """An optimizer by name or callable, wrong options told in one sentence."""
-    kind = optimizer_class(optimizer)
+    """An optimizer by name or callable, fused where PyTorch has that; wrong options are told in one sentence."""
+    kind, parameters = optimizer_class(optimizer), list(parameters)
+    fused: dict[str, bool] = {}
+    if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys():
+        fused["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     try:
-        built = kind(list(parameters), **options)
+        built = kind(parameters, **options, **fused)
     except (TypeError, ValueError) as error:
         name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
         raise UsageError(f"optimizer {name} does not accept {options}: {error}") from error

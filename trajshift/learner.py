@@ -337,7 +337,7 @@ class Learner:
         """Scales all gradients of this task so that their joint norm is at most `limit`."""
         nn.utils.clip_grad_norm_([*self.shared.values(), *self.own.values()], limit)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """One step of the inner optimizer on the gradients at hand."""
         if self._flat is not None:
             missing = [name for name, parameter in self.shared.items() if parameter.grad is None]

@@ -88,7 +88,7 @@ class MetaTrainer:
         autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
         gauge: measures the shift's approximation error meanwhile; None does not.
         channels_last: keeps convolutions' weights and activations channels-last; None where that is faster.
-        engine: how the steps are run: `loop`, `parallel` or `auto`, which takes the fastest that can.
+        engine: how the steps are run: `loop`, `parallel`, `graph` or `auto`, which takes the fastest that can.
 
     Raises:
         UsageError: whatever does not fit, in one sentence.
@@ -166,7 +166,7 @@ class MetaTrainer:
             workers=workers, device=self.device,
         )  # fmt: skip
         self.step = 0
-        self.tally = Tally(self.device)
+        self.tally = Tally(self.device, self.layout.dtype)
         self.engine = choose(engine, self)
         self.world.same(self.initialization.digest(), "the first phi")
 
@@ -237,7 +237,7 @@ class MetaTrainer:
             self.gauge.look(self)
         due = self.k % (self.method.meta_every or 1) == 0
         if due:
-            delta = self._meta_update()
+            delta = self.meta_update()
             if self.k != 0:
                 self.carry(self, delta)
                 self.metagrad.carried(self.theta)
@@ -270,19 +270,28 @@ class MetaTrainer:
         losses = self.engine.learners_step(self)
         self.step += 1
         losses_T = torch.stack(losses) if losses else self.theta.new_zeros(0)
-        self.tally.inner_step(losses_T, self.theta, self.step)
-        self.metagrad.observe(self.theta, losses_T, self.roster.gradients)
+        self.tally.count_step()
+        self.observe(losses_T, self.step)
         return losses_T
+
+    def observe(self, losses: Tensor, step: int | Tensor) -> None:
+        """All learners took inner step number `step` (from 1) from these losses `[T]`; moves tensors alone."""
+        self.tally.inner_step(losses, self.theta, step)
+        self.metagrad.observe(self.theta, losses, self.roster.gradients)
 
     def step_of(self, learner: Learner, step: int, batch: Batch | None = None, *, seeded: bool = True) -> Tensor:
         """One learner's inner step on training batch `step`, which may be at hand already; its loss before the step."""
         k = step % self.horizon
-        ends = (k + 1) % (self.method.meta_every or 1) == 0
-        shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
         if batch is None:
             batch = learner.batches.train(step)
         if seeded:
             learner.seed_generators(step)
+        ends = (k + 1) % (self.method.meta_every or 1) == 0
+        return self.follow_gradient(learner, batch, lr=self.inner.lr_at(k / self.horizon), ends=ends)
+
+    def follow_gradient(self, learner: Learner, batch: Batch, *, lr: float | Tensor, ends: bool) -> Tensor:
+        """One learner's inner step on a batch, before a meta-update if it `ends` a segment; its loss before that."""
+        shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
         loss = learner.backward(batch, autocast=self.autocast, shared=shared)
         if self.metagrad.penalty:
             learner.pull(self.phi, self.metagrad.penalty)
@@ -290,11 +299,11 @@ class MetaTrainer:
             learner.clip(self.grad_clip)
         if shared and self.roster.keep_gradients:
             learner.gather()
-        learner.step(self.inner.lr_at(k / self.horizon))
+        learner.step(lr)
         learner.forget_gradients()
         return loss
 
-    def _meta_update(self) -> Tensor:
+    def meta_update(self) -> Tensor:
         """phi <- phi + delta with delta = -beta * mean MetaGrad (lines 11 and 12); returns delta `[P]`."""
         probe = RosterProbe(self.roster, self.phi, self.step, self.autocast)
         gradient = self.metagrad.mean(probe, self.roster.weights)

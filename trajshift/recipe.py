@@ -123,8 +123,8 @@ class Recipe:
     """CPU threads of each process; null shares the cores among the processes. Two counts can differ in bits."""
 
     engine: str = "auto"
-    """How the steps are run: loop (one task after another), parallel (side by side on the CPU's threads) or auto,
-    the fastest of them that can."""
+    """How the steps are run: loop (one task after another), parallel (side by side on the CPU's threads), graph (CUDA
+    graphs) or auto, the fastest of them that can."""
 
     channels_last: bool | None = None
     """Keep convolutions channels-last; null does where that is faster."""

@@ -66,6 +66,7 @@ class Roster:
         self.home = self._homes({})
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.learners: list[Learner] = []
+        self.weights = torch.zeros(0, dtype=blueprint.layout.dtype, device=device)
         self.snapshots: dict[str, Snapshot] = {}
         self._stream: Stream | None = None
         self._allocate()
@@ -150,7 +151,9 @@ class Roster:
         names = [name for name in everywhere if self.home[name] == self.world.rank]
         total = sum(self.tasks[name].weight for name in everywhere)
         shares = [self.tasks[name].weight / total for name in names]
-        self.weights = torch.tensor(shares, dtype=self.blueprint.layout.dtype, device=self.device)
+        if len(shares) != len(self.weights):
+            self.weights = torch.zeros(len(shares), dtype=self.blueprint.layout.dtype, device=self.device)
+        self.weights.copy_(torch.tensor(shares, dtype=torch.float64))
         if names == list(self.names):
             return False
         seated = {learner.task.name: learner for learner in self.learners}

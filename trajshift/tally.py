@@ -25,10 +25,10 @@ class Tally:
         update_norm: norm of the last meta-update, a scalar tensor.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.inner_steps = 0
         self.counts: Counter[str] = Counter()
-        self.update_norm = torch.zeros((), device=device)
+        self.update_norm = torch.zeros((), dtype=dtype, device=device)
         self.names: tuple[str, ...] = ()
         self.loss_sum = torch.zeros(0, dtype=torch.float64, device=device)
         self.loss_count: list[int] = []
@@ -53,20 +53,24 @@ class Tally:
         self.loss_count = [self.loss_count[before[name]] if name in before else 0 for name in names]
         self.names, self.loss_sum, self.first_bad_step = tuple(names), loss_sum, first_bad_step
 
-    def inner_step(self, losses: Tensor, theta: Tensor, step: int) -> None:
-        """All learners took a step to theta `[T, P]` from these losses `[T]`; `step` counts scheduled steps from 1."""
+    def count_step(self) -> None:
+        """All learners took an inner step."""
         self.inner_steps += 1
-        self.counts["gradient_evaluations"] += len(losses)
+        self.counts["gradient_evaluations"] += len(self.names)
+        if not self._replaying:
+            self.loss_count = [count + 1 for count in self.loss_count]
+
+    def inner_step(self, losses: Tensor, theta: Tensor, step: int | Tensor) -> None:
+        """The step led from losses `[T]` to theta `[T, P]`; `step` counts scheduled steps from 1. Only tensors move."""
         # theta too: an overflowing gradient spoils it, and through phi all others, before the next loss tells.
         bad = ~(torch.isfinite(losses) & torch.isfinite(theta.sum(1))) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
         if not self._replaying:
             self.loss_sum += losses
-            self.loss_count = [count + 1 for count in self.loss_count]
 
     def meta_update(self, delta: Tensor, counts: Counter[str]) -> None:
         """phi moved by delta `[P]`; reading the meta-gradients cost `counts`."""
-        self.update_norm = torch.linalg.vector_norm(delta)
+        self.update_norm.copy_(torch.linalg.vector_norm(delta))
         self.counts += counts
 
     @contextmanager

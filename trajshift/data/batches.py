@@ -240,12 +240,20 @@ class TaskBatches:
     def _ready(self, split: str, step: int) -> Batch:
         request = Request(self.name, split, step, self.batch_size)
         batch = self.raw.fetch(request) if self.stream is None else self.stream.take(request)
-        return self._finish(batch, key(self.seed, self.name, "augment", split, step))
+        return self._finish(batch, self.augmentation_key(split, step))
+
+    def augmentation_key(self, split: str, step: int) -> int:
+        """The draw behind the augmentation of a batch."""
+        return key(self.seed, self.name, "augment", split, step)
 
     def _finish(self, batch: Batch, draw: int | None) -> Batch:
         batch = move(batch, self.device)
         if self._transform is not None:
             batch = self._transform(batch, draw)
+        return self.cast(batch)
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch, its floating entries in `dtype`."""
         return batch if self.dtype is None else tree_map(self._cast, batch)
 
     def _cast(self, leaf: object) -> object:

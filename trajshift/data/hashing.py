@@ -8,6 +8,7 @@ hence nothing has to be saved, and a batch does not depend on how it was reached
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
@@ -46,9 +47,17 @@ def _mix(word: Tensor) -> Tensor:
     return word ^ (word >> 16)
 
 
-def bits(key: int, counter: Tensor) -> Tensor:
-    """Uniform words in [0, 2**32), int64, one for each entry of the int64 tensor `counter` (>= 0)."""
-    low, high = key & _MASK, key >> 32
+def words(keys: Sequence[int]) -> Tensor:
+    """Keys as int64 `[S, 2]`, low and high word: draws for many keys are then made at once, on any device."""
+    return torch.tensor([[key & _MASK, key >> 32] for key in keys], dtype=torch.int64)
+
+
+def bits(key: int | Tensor, counter: Tensor) -> Tensor:
+    """Uniform words in [0, 2**32), int64, one for each entry of the int64 tensor `counter` `[n]` (>= 0).
+
+    With `words` `[S, 2]` for keys, one row for each: `[S, n]`.
+    """
+    low, high = (key & _MASK, key >> 32) if isinstance(key, int) else key.unsqueeze(1).unbind(2)
     word = _mix((counter & _MASK) + low)
     word = _mix(word ^ high ^ (counter >> 32))
     return _mix(word + low)
@@ -59,7 +68,7 @@ def uniform(key: int, counter: Tensor) -> Tensor:
     return (bits(key, counter) >> 8).to(torch.float32) * 2.0**-24
 
 
-def integers(key: int, counter: Tensor, high: int) -> Tensor:
+def integers(key: int | Tensor, counter: Tensor, high: int) -> Tensor:
     """Uniform int64 numbers in [0, high), for high <= 2**31 (bias below high / 2**32)."""
     return (bits(key, counter) * high) >> 32
 

@@ -12,26 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trajshift.data.hashing import integers
+from trajshift.data.hashing import integers, words
 from trajshift.data.hashing import key as hash_key
 from trajshift.data.sources import Source, as_source, seeded
 from trajshift.errors import UsageError
 from trajshift.task import Batch, Task
 
 
-def crop_and_flip(images: Tensor, key: int, *, padding: int, flip: bool) -> Tensor:
-    """Shift each image of `[B, C, H, W]` at random by up to `padding` pixels and mirror every other one.
+def draw_crops(crop: int | Tensor, mirror: int | Tensor, place: Tensor, *, padding: int) -> Tensor:
+    """Where each image is cropped and whether it is mirrored: int64 `[3, B]` of top, left (0 to 2 p) and mirror (0, 1).
 
-    Each image has its own draw, a function of `key` and its place in the batch. What is shifted in is zero,
-    as in torchvision's `RandomCrop(size, padding)`. Crop and mirroring are one gather.
+    Each image has its own draw, a function of the keys and of its place in the batch; `place` is 0 to 2 B - 1. With
+    `hashing.words` `[S, 2]` for keys, `[S, 3, B]` for S batches.
+    """
+    corner = integers(crop, place, 2 * padding + 1).unflatten(-1, (-1, 2))
+    mirrored = integers(mirror, place[: len(place) // 2], 2)
+    return torch.stack((corner[..., 0], corner[..., 1], mirrored), dim=-2)
+
+
+def crop_and_flip(images: Tensor, draw: Tensor, *, padding: int, flip: bool) -> Tensor:
+    """Shift each image of `[B, C, H, W]` by up to `padding` pixels and mirror some, as `draw` `[3, B]` says.
+
+    What is shifted in is zero, as in torchvision's `RandomCrop(size, padding)`. Crop and mirroring are one gather.
     """
     count, channels, height, width = images.shape
-    place = torch.arange(2 * count, device=images.device)
-    top, left = integers(hash_key(key, "crop"), place, 2 * padding + 1).view(count, 2, 1).unbind(1)
+    top, left, mirrored = draw.unsqueeze(2).unbind(0)
     rows = top + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(count, width)
     if flip:
-        mirrored = integers(hash_key(key, "flip"), place[:count], 2).view(count, 1)
         columns = torch.where(mirrored == 1, width - 1 - columns, columns)
     columns = columns + left
     padded = F.pad(images, (padding,) * 4)
@@ -67,6 +75,24 @@ class ImageTransform:
 
     def __call__(self, batch: Batch, key: int | None) -> Batch:
         """The transformed batch; without a key nothing is random."""
+        x, _ = batch
+        if key is None or not self.random:
+            return self.apply(batch, None)
+        place = torch.arange(2 * len(x), device=x.device)
+        return self.apply(batch, draw_crops(*_crop_keys(key), place, padding=self.crop_padding))
+
+    @property
+    def random(self) -> bool:
+        """Whether training images are augmented."""
+        return self.crop_padding > 0 or self.flip
+
+    def draws(self, keys: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """What `apply` needs for S batches of `count` images, all at once: int64 `[S, 3, count]`, one for each key."""
+        crop, mirror = (words(part).to(device) for part in zip(*map(_crop_keys, keys), strict=True))
+        return draw_crops(crop, mirror, torch.arange(2 * count, device=device), padding=self.crop_padding)
+
+    def apply(self, batch: Batch, draw: Tensor | None) -> Batch:
+        """The transformed batch, cropped and flipped as `draw` `[3, B]` says; not at all for None."""
         x, y = batch
         if x.ndim != 4 or (self.channels not in (None, x.shape[1]) and x.shape[1] != 1):
             channels = self.channels or "C"
@@ -77,8 +103,8 @@ class ImageTransform:
                 f"mean and std are given for {statistics} channels but images have {self.channels or x.shape[1]};"
                 " give one number, or one per channel"
             )
-        if key is not None and (self.crop_padding or self.flip):
-            x = crop_and_flip(x, key, padding=self.crop_padding, flip=self.flip)
+        if draw is not None:
+            x = crop_and_flip(x, draw, padding=self.crop_padding, flip=self.flip)
         scale, offset = self._scale_and_offset(x.device, 1.0 if x.is_floating_point() else 255.0)
         x = x.to(torch.float32)
         if self.channels is not None:
@@ -91,6 +117,10 @@ class ImageTransform:
             scale, offset = 1.0 / (white * self._std), -self._mean / self._std
             self._constants[device, white] = (scale.float().to(device), offset.float().to(device))
         return self._constants[device, white]
+
+
+def _crop_keys(key: int) -> tuple[int, int]:
+    return hash_key(key, "crop"), hash_key(key, "flip")
 
 
 def _per_channel(name: str, value: float | Sequence[float]) -> Tensor:

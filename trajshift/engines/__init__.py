@@ -1,7 +1,7 @@
 """Engines: ways of running the loop's inner steps. Each gives the numbers of the reference, `loop.py`.
 
-`loop` is the reference itself. `parallel` runs the tasks side by side in threads of one core each (CPU). `auto` takes
-the fastest that can run what was asked for.
+`loop` is the reference itself. `parallel` runs the tasks side by side in threads of one core each (CPU). `graph`
+replays whole steps as CUDA graphs. `auto` takes the fastest that can run what was asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trajshift.engines.base import Engine
+from trajshift.engines.graph import CudaRecorder, Graph
 from trajshift.engines.memory import keep_memory
 from trajshift.engines.parallel import Parallel
 from trajshift.errors import UsageError, nearest
@@ -19,7 +20,7 @@ from trajshift.presets import ENGINES
 if TYPE_CHECKING:
     from trajshift.loop import MetaTrainer
 
-__all__ = ["Engine", "Parallel", "choose"]
+__all__ = ["Engine", "Graph", "Parallel", "choose"]
 
 
 def choose(engine: str | Engine, trainer: MetaTrainer) -> Engine:
@@ -34,13 +35,15 @@ def choose(engine: str | Engine, trainer: MetaTrainer) -> Engine:
         raise UsageError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if engine == "loop":
         return Engine()
-    found = _parallel(trainer)
-    if engine == "parallel":
+    made = {"graph": _graph, "parallel": _parallel}
+    if engine != "auto":
+        found = made[engine](trainer)
         if isinstance(found, str):
             raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
         return found
     if trainer.device.type == "cpu":
         keep_memory()
+    found = made["graph" if trainer.device.type == "cuda" else "parallel"](trainer)
     return Engine(why=found) if isinstance(found, str) else found
 
 
@@ -55,6 +58,12 @@ def _parallel(trainer: MetaTrainer) -> Engine | str:
     if tasks < threads or tasks < 0.75 * shifts * threads:
         return f"{tasks} tasks do not fill {threads} threads"
     return _draws(trainer) or Parallel(threads)
+
+
+def _graph(trainer: MetaTrainer) -> Engine | str:
+    if trainer.device.type != "cuda":
+        return f"it is for CUDA and the device is {trainer.device}"
+    return Graph.obstacle(trainer) or _draws(trainer) or Graph(CudaRecorder(trainer.device))
 
 
 def _draws(trainer: MetaTrainer) -> str | None:

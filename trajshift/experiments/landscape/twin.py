@@ -12,14 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trajshift import metagrad as metagrads
-from trajshift.data.hashing import bits, key
+from trajshift.data.hashing import bits, key, words
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape import surface
 from trajshift.experiments.landscape.surface import DOMAIN, Landscape, as_points
@@ -229,11 +229,10 @@ class _Twin:
 
 def _normals(keys: list[int]) -> Tensor:
     """The first two numbers of `normal(key, P)` for many keys at once: `[2, keys]`."""
-    signed = torch.tensor([one - 2**64 if one >= 2**63 else one for one in keys])  # the same 64 bits
     half = _ROW // 2
-    words = bits(cast(int, signed), torch.tensor([[0], [1], [half], [half + 1]])).to(torch.float64)
-    radius = torch.sqrt(-2.0 * torch.log((words[:2] + 1.0) * 2.0**-32))
-    return radius * torch.cos(words[2:] * (2.0 * math.pi * 2.0**-32))
+    drawn = bits(words(keys), torch.tensor([0, 1, half, half + 1])).T.to(torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log((drawn[:2] + 1.0) * 2.0**-32))
+    return radius * torch.cos(drawn[2:] * (2.0 * math.pi * 2.0**-32))
 
 
 class _Probe:

@@ -1,0 +1,146 @@
+"""Recorded steps equal the loop, with a stand-in for CUDA graphs that keeps their rules on the CPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learners import ConvNet, everything, image_tasks, make, run
+from recording import Recorder
+
+from trajshift import Inner, MetaTrainer, Task, UsageError
+from trajshift.checkpoint import load, save
+from trajshift.data.images import image_task
+from trajshift.engines import Graph, choose
+from trajshift.models import build
+
+STEPS = 50
+
+
+def tasks() -> list[Task]:
+    """Images of two sizes and class counts, augmented."""
+    generator = torch.Generator().manual_seed(0)
+    listed = []
+    for name, size, classes, count in (("small", 6, 2, 30), ("large", 9, 3, 22)):
+        x = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+        listed.append(image_task(name, (x, torch.arange(count) % classes), outputs=classes, crop_padding=1, flip=True))
+    return listed
+
+
+def trainer(engine: Any, **options: Any) -> MetaTrainer:
+    def double(task: Task) -> torch.nn.Module:
+        return build("conv", task, width=4, depth=2).double()
+
+    chosen: dict[str, Any] = {
+        "method": "trajectory-shifting", "horizon": 12, "rounds": 20, "batch_size": 5,
+        "inner": Inner(lr=0.03125, options={"momentum": 0.9, "weight_decay": 5e-4}, schedule="step", factor=0.5),
+    }  # fmt: skip
+    return MetaTrainer(double, tasks(), engine=engine, **chosen | options)
+
+
+MIXES: list[dict[str, Any]] = [
+    {},
+    {"method": "reptile"},
+    {"method": "no-shifting", "meta_every": 3},
+    {"method": "fomaml"},
+    {"method": "mtl"},
+    {"grad_clip": 0.5, "renew": ("heads", "statistics")},
+]
+
+
+@pytest.mark.parametrize("options", MIXES, ids=str)
+def test_replayed_steps_are_the_loop(options: dict[str, Any]) -> None:
+    """Float64, 50 steps, over round boundaries, with augmentation, BatchNorm, momentum and a schedule."""
+    recorder = Recorder()
+    loop, graph = trainer("loop", **options), trainer(Graph(recorder), **options)
+    for _ in range(STEPS):
+        left, right = loop.advance(), graph.advance()
+        assert left.meta_updated == right.meta_updated
+        torch.testing.assert_close(left.losses, right.losses, rtol=1e-9, atol=1e-9)
+    ends = everything(loop), everything(graph)
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-9, atol=1e-9, msg=name)
+    assert loop.metrics()["inner_steps"] == graph.metrics()["inner_steps"] == STEPS
+    assert loop.tally.counts == graph.tally.counts
+    assert recorder.replays > STEPS - 15
+    assert recorder.records <= 3
+
+
+def test_a_recording_really_bakes_its_numbers_in() -> None:
+    """The stand-in itself: a number from the host stays as it was, a tensor's value does not."""
+    host, device, out = 1.0, torch.zeros(1), torch.zeros(1)
+
+    def body() -> None:
+        out.copy_(device + host)
+
+    replay = Recorder().record(body)
+    assert out == 0.0  # recorded, not done
+    host = 5.0
+    device.fill_(2.0)
+    replay()
+    assert out == 3.0
+    with pytest.raises(AssertionError, match="waited"):
+        Recorder().record(lambda: out.fill_(device.item()))
+
+
+def test_the_tables_are_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trajshift.engines.graph.AHEAD", 8)
+    loop, graph = trainer("loop"), trainer(Graph(Recorder()))
+    run(loop, 30)
+    run(graph, 30)
+    torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stop", [12, 17])
+def test_a_checkpoint_goes_on_in_either_engine(stop: int, tmp_path: Path) -> None:
+    whole = run(trainer("loop"), 30)
+    first = run(trainer(Graph(Recorder())), stop)
+    save(tmp_path, first)
+    for engine in ("loop", Graph(Recorder())):
+        second = trainer(engine)
+        load(tmp_path / f"{stop:09d}", second)
+        run(second, 30 - stop)
+        torch.testing.assert_close(whole.phi, second.phi, rtol=1e-9, atol=1e-9)
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    graph = run(trainer(Graph(Recorder()), horizon=30), 8)
+    graph.learners[1].own["fc.weight"].data.fill_(torch.inf)
+    run(graph, 3)
+    with pytest.raises(UsageError, match="task 'large' is not finite at inner step 9"):
+        graph.check_finite()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"method": "leap"}, "meta-gradient path_length"),
+        ({"method": "accurate"}, "carry replay"),
+        ({"method": "random-shifting"}, "carry random"),
+        ({"renew": ("optimizer",)}, "each round has new learners"),
+        ({"tasks_per_round": 1}, "each round has new learners"),
+        ({"inner": Inner(optimizer="adafactor")}, "optimizer adafactor is not one fused kernel"),
+        ({"meta_optimizer": "adam"}, "is not one fused kernel"),
+        ({}, None),
+        ({"method": "mtl"}, None),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_recorded_says_why(options: dict[str, Any], reason: str | None) -> None:
+    found = Graph.obstacle(trainer("loop", **options))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_sources_must_lie_on_the_device() -> None:
+    plain = make("trajectory-shifting", image_tasks((2, 3)), partial(ConvNet))
+    assert Graph.obstacle(plain) is None
+    listed = [Task(name="list", train=[(torch.zeros(1, 6, 6).double(), 0)] * 6, outputs=2)]
+    assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed)))
+    own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
+    assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own)))
+    with pytest.raises(UsageError, match="engine graph is not for this run: it is for CUDA and the device is cpu"):
+        choose("graph", plain)

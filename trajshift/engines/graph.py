@@ -1,0 +1,285 @@
+"""Whole steps as CUDA graphs: batches, all forward and backward passes, inner steps, the meta-update and the shift.
+
+A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step lies in
+tensors on the device: a clock, and tables that are filled ahead for `AHEAD` steps at once.
+
+The loop's decisions (a meta-update or not, a carry or not) make three kinds of step, each recorded when first met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from trajshift.data.batches import DEVICE_BYTES, TaskBatches
+from trajshift.data.images import ImageTransform
+from trajshift.data.sources import ArraySource, as_source
+from trajshift.engines.base import Engine
+from trajshift.metagrad import Displacement, LastGradient
+from trajshift.outer import PlainStep
+from trajshift.task import Batch
+
+if TYPE_CHECKING:
+    from trajshift.loop import MetaTrainer
+
+AHEAD = 128
+"""Steps for which indices, augmentation and learning rates are put on the device at once."""
+_WARMUP = 3
+"""Steps taken without recording wherever addresses are new."""
+
+Body = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records device work without doing it."""
+
+    def record(self, body: Body) -> Body:
+        """What does the work of `body` whenever called; `body` runs once, its work does not."""
+        ...
+
+    def warm(self) -> AbstractContextManager[None]:
+        """Surrounds a step that is not recorded."""
+        ...
+
+    def lane(self, number: int) -> AbstractContextManager[None]:
+        """Work inside may run beside that of other lanes."""
+        ...
+
+    def join(self) -> None:
+        """What follows waits for all lanes."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share one memory pool, over several streams."""
+
+    def __init__(self, device: torch.device, lanes: int = 4) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._lanes = [torch.cuda.Stream(device) for _ in range(lanes)]
+        self._capture = torch.cuda.Stream(device)
+
+    def record(self, body: Body) -> Body:
+        """As `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
+            body()
+        return graph.replay
+
+    @contextmanager
+    def warm(self) -> Iterator[None]:
+        """On the stream that will record, as its first use of libraries must not be recorded."""
+        self._capture.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._capture):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._capture)
+
+    @contextmanager
+    def lane(self, number: int) -> Iterator[None]:
+        """One of the streams, by turns."""
+        stream = self._lanes[number % len(self._lanes)]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def join(self) -> None:
+        """The current stream waits for all others."""
+        for stream in self._lanes:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+class Clock:
+    """Where the step stands, on the device.
+
+    Attributes:
+        row: int64 `[1]`, the row of all tables that the step reads.
+        step: int64 scalar, scheduled inner steps done.
+        lr: float32 scalar, the inner learning rate.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.lr = torch.zeros((), device=device)
+        self._rates = torch.zeros(AHEAD, device=device)
+
+    def set(self, step: int, rates: list[float]) -> None:
+        """Puts the clock before scheduled step number `step` (from 0); `rates` are those of the table's steps."""
+        self.row.fill_(step % AHEAD)
+        self.step.fill_(step)
+        self._rates.copy_(torch.tensor(rates))
+
+    def read(self) -> None:
+        """The step begins."""
+        self.lr.copy_(self.at(self._rates))
+        self.step += 1
+
+    def advance(self) -> None:
+        """The step is done."""
+        self.row += 1
+
+    def at(self, table: Tensor) -> Tensor:
+        """The table's entry for this step."""
+        return table.index_select(0, self.row).squeeze(0)
+
+
+class Feed:
+    """One task's training batches, made on the device from tables."""
+
+    def __init__(self, batches: TaskBatches, transform: ImageTransform | None) -> None:
+        self._batches, self._transform = batches, transform
+        source = batches.raw.source("train")
+        assert isinstance(source, ArraySource)
+        self._source = source
+        self._indices = torch.zeros(AHEAD, batches.batch_size, dtype=torch.int64, device=source.device)
+        random = transform is not None and transform.random
+        self._draws = self._indices.new_zeros(AHEAD, 3, batches.batch_size) if random else None
+
+    def fill(self, first: int) -> None:
+        """Fills the tables for the steps from `first`, a multiple of `AHEAD`."""
+        size = self._batches.batch_size
+        self._indices.copy_(self._batches.raw.indices(first // AHEAD, "train", AHEAD * size).view(AHEAD, size))
+        if self._draws is not None and self._transform is not None:
+            keys = [self._batches.augmentation_key("train", first + ahead) for ahead in range(AHEAD)]
+            self._draws.copy_(self._transform.draws(keys, size, self._draws.device))
+
+    def batch(self, clock: Clock) -> Batch:
+        """The batch of the clock's step."""
+        batch = self._source.fetch(clock.at(self._indices))
+        if self._transform is not None:
+            batch = self._transform.apply(batch, None if self._draws is None else clock.at(self._draws))
+        return self._batches.cast(batch)
+
+
+class Graph(Engine):
+    """Records the steps and replays them."""
+
+    name = "graph"
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._steps: dict[tuple[bool, bool], Body] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._warm = 0
+        self._expected = -1
+
+    @staticmethod
+    def obstacle(trainer: MetaTrainer) -> str | None:
+        """Why this run cannot be recorded, or None."""
+        method, roster = trainer.method, trainer.roster
+        if trainer.world.size > 1:
+            return "several ranks talk between steps"
+        if type(trainer.metagrad) not in (Displacement, LastGradient) or trainer.metagrad.needs_heldout:
+            return f"meta-gradient {method.metagrad} ({method.batch}) is not made of recorded steps alone"
+        if method.carry not in ("shift", "hold"):
+            return f"carry {method.carry} is not the same work at every step"
+        if trainer.gauge is not None:
+            return "the approximation error is measured meanwhile"
+        if "optimizer" in trainer.renew or roster.rows < len(roster.local):
+            return "each round has new learners"
+        if trainer.inner.flat or not _recordable(trainer):
+            return f"optimizer {trainer.inner.optimizer} is not one fused kernel"
+        for task in roster.tasks.values():
+            source = as_source(task.train)
+            if not isinstance(source, ArraySource) or source.bytes > DEVICE_BYTES:
+                return f"the examples of task {task.name!r} are not held on the device"
+            if task.transform is not None and type(task.transform) is not ImageTransform:
+                return f"the transform of task {task.name!r} is not trajshift's own"
+        return None
+
+    def begin(self, trainer: MetaTrainer) -> None:
+        """Forgets what was recorded where a tensor lies elsewhere now."""
+        addresses = tuple(tensor.data_ptr() for tensor in _state(trainer))
+        if addresses == self._addresses:
+            return
+        self._addresses, self._warm = addresses, _WARMUP
+        self._steps.clear()
+        self._clock = Clock(trainer.device)
+        self._losses = trainer.theta.new_zeros(len(trainer.learners))
+        self._feeds = [Feed(learner.batches, _transform(learner.task.transform)) for learner in trainer.learners]
+        self._expected = -1
+
+    def step(self, trainer: MetaTrainer) -> tuple[Tensor, bool]:
+        """Takes the recorded step, or records it first."""
+        if trainer.step != self._expected:
+            self.begin(trainer)  # a checkpoint may have put tensors elsewhere
+        if trainer.step != self._expected or trainer.step % AHEAD == 0:
+            self._fill(trainer)
+        after = (trainer.step + 1) % trainer.horizon
+        kind = due, _ = (after % (trainer.method.meta_every or 1) == 0, after != 0)
+        body = self._body(trainer, *kind)
+        if self._warm:
+            with self._recorder.warm():
+                body()
+            self._warm -= 1
+            if not self._warm:  # the inner optimizers have made their state now
+                self._addresses = tuple(tensor.data_ptr() for tensor in _state(trainer))
+        else:
+            if kind not in self._steps:
+                self._steps[kind] = self._recorder.record(body)
+            self._steps[kind]()
+        if trainer.method.joint:
+            trainer.outer.lr = trainer.inner.lr_at(trainer.k / trainer.horizon)
+        trainer.step += 1
+        trainer.tally.count_step()
+        self._expected = trainer.step
+        return self._losses.clone(), due
+
+    def _fill(self, trainer: MetaTrainer) -> None:
+        first = trainer.step - trainer.step % AHEAD
+        rates = [trainer.inner.lr_at(step % trainer.horizon / trainer.horizon) for step in range(first, first + AHEAD)]
+        self._clock.set(trainer.step, rates)
+        for feed in self._feeds:
+            feed.fill(first)
+
+    def _body(self, trainer: MetaTrainer, due: bool, carried: bool) -> Body:
+        """A step as `MetaTrainer.take_step` does it, from the clock and the tables."""
+        clock = self._clock
+
+        def body() -> None:
+            clock.read()
+            if trainer.method.joint:
+                trainer.outer.lr = clock.lr  # type: ignore[assignment]  # the device reads it
+            losses = []
+            for row, (learner, feed) in enumerate(zip(trainer.learners, self._feeds, strict=True)):
+                with self._recorder.lane(row):
+                    losses.append(trainer.follow_gradient(learner, feed.batch(clock), lr=clock.lr, ends=due))
+            self._recorder.join()
+            torch.stack(losses, out=self._losses)
+            trainer.observe(self._losses, clock.step)
+            if due:
+                delta = trainer.meta_update()
+                if carried:
+                    trainer.carry(trainer, delta)
+                    trainer.metagrad.carried(trainer.theta)
+            clock.advance()
+
+        return body
+
+
+def _transform(transform: object) -> ImageTransform | None:
+    return transform if isinstance(transform, ImageTransform) else None
+
+
+def _recordable(trainer: MetaTrainer) -> bool:
+    """Whether the inner optimizer reads its learning rate on the device, and the meta-optimizer none at all."""
+    probe = trainer.inner.build([torch.nn.Parameter(torch.zeros(1, device=trainer.device))])
+    fused = isinstance(probe, torch.optim.SGD) and all(group["fused"] for group in probe.param_groups)
+    return fused and (trainer.method.joint or isinstance(trainer.outer, PlainStep))
+
+
+def _state(trainer: MetaTrainer) -> Iterator[Tensor]:
+    """All tensors whose addresses a recorded step holds."""
+    yield from (trainer.phi, trainer.theta, trainer.roster.gradients, trainer.roster.weights)
+    yield from (trainer.tally.loss_sum, trainer.tally.first_bad_step, trainer.tally.update_norm)
+    for learner in trainer.learners:
+        yield from learner.state()[0].values()
+        source = learner.batches.raw.source("train")
+        yield from tree_leaves(source.tree) if isinstance(source, ArraySource) else ()
+    yield from trainer.outer.state()[0].values()
