@@ -90,12 +90,12 @@ def test_verdicts_follow_from_the_numbers() -> None:
         assert findings(results).claims[0].verdict == verdict
 
 
-def test_a_comparison_leaves_out_overflow_from_means_alone() -> None:
+def test_an_overflow_counts_as_the_worst_of_the_domain() -> None:
     quality = {m: np.array([[1.0, 2.0, 9.0], [1.0, 2.0, 3.0]]) for m in measure.METHODS}
     quality["reptile"] = np.array([[np.nan, 0.1, 2.0], [1.0, 2.0, 3.0]])
     found = compared(quality, np.array([[0.5, 0.5], [8.0, 8.0]]))
-    assert found.left_out == 1
-    assert found.mean["leap"] == {0: 5.0, 1: 2.0}  # 9 counts as the domain's worst, 8
+    assert found.mean["leap"] == {0: pytest.approx(11 / 3), 1: 2.0}  # 9 counts as the domain's worst, 8
+    assert found.mean["reptile"] == {0: pytest.approx(10.1 / 3), 1: 2.0}
     assert found.median["reptile"] == {0: 2.0, 1: 2.0}
     assert found.good["reptile"] == pytest.approx({0: 100 / 3, 1: 0.0})
     assert found.tests("mean")["trajectory-shifting", "no-shifting"].p_holm == 1.0

@@ -270,8 +270,8 @@ def _quality_table(unit: str, comparison: Comparison, ends: dict[str, End], amou
     caption = (
         f"At most {amount} {unit}. Median: over starts, averaged over sets. Good ends: % of starts in the best tenth "
         f"of the domain. Left, overflowed: starts of {comparison.starts} whose phi was outside the domain at some "
-        f"meta-update, or not finite. {comparison.left_out} starts overflowed under at least one method and are in no "
-        "mean; in median and good ends they count as bad."
+        f"meta-update, or not finite; in the mean an overflow counts as the worst point of the domain, in median and "
+        "good ends as bad."
     )
     return Table(_HEADER, rows, caption)
 
@@ -287,6 +287,6 @@ def _published_table(results: Results, comparison: Comparison) -> Table:
     ]  # fmt: skip
     caption = (
         f"The published set, from the {results.settings.side} x {results.settings.side} grid; "
-        f"{comparison.left_out} of {comparison.starts} starts are in no mean. One set of tasks: no interval."
+        "an overflow counts as the worst point of the domain. One set of tasks: no interval."
     )
     return Table(_HEADER, rows, caption)

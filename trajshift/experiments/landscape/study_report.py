@@ -83,8 +83,8 @@ def _table(
         ])  # fmt: skip
     caption = (
         f"Bold: the meta_lr chosen of those tried. Good ends: % of starts that end in the best tenth of the domain. "
-        f"Left, overflowed: of {comparison.starts:,} starts. {comparison.left_out} starts overflowed under at least "
-        "one method and are in no mean; in median and good ends they count as bad."
+        f"Left, overflowed: of {comparison.starts:,} starts; in the mean an overflow counts as the worst point of the "
+        "domain, in median and good ends as bad."
     )
     header = (
         "method", "meta_lr", "meta-updates", "inner steps", "mean quality", "median", "good ends", "left", "overflowed",

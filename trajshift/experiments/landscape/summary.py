@@ -44,15 +44,13 @@ class Comparison:
     """All methods at one budget."""
 
     mean: PerSet
-    """Mean final quality over the starts that no method made overflow, none worse than the worst of the domain."""
+    """Mean final quality over all starts; overflow counts as the worst of the domain, and so does what is worse."""
     median: PerSet
     """Median over all starts; overflow is worse than any number."""
     good: PerSet
     """Percentage of all starts that end in the best tenth of the domain."""
     starts: int
     """Starts of all sets together."""
-    left_out: int
-    """Starts that overflowed under at least one method: not in the means of any."""
 
     def estimates(self, measure: str) -> dict[str, Estimate]:
         """Mean and 95% interval over sets, by method."""
@@ -67,19 +65,16 @@ class Comparison:
 def compared(quality: Mapping[str, Array], yardsticks: Array) -> Comparison:
     """Methods with quality `[S, N]` each, not finite where a start overflowed; `yardsticks` `[2, S]`: good, worst."""
     good, worst = yardsticks[:, :, None]
-    finite = np.logical_and.reduce([np.isfinite(q) for q in quality.values()])
     with_worst = {method: np.where(np.isfinite(q), q, np.inf) for method, q in quality.items()}
-    capped = {method: np.minimum(q, worst) for method, q in with_worst.items()}
 
     def by_set(values: Sequence[float]) -> dict[int, float]:
         return {index: float(value) for index, value in enumerate(values)}
 
     return Comparison(
-        mean={m: by_set([row[kept].mean() for row, kept in zip(q, finite, strict=True)]) for m, q in capped.items()},
+        mean={m: by_set(np.minimum(q, worst).mean(1)) for m, q in with_worst.items()},
         median={m: by_set([float(np.median(row)) for row in q]) for m, q in with_worst.items()},
         good={m: by_set(100.0 * (q <= good).mean(1)) for m, q in with_worst.items()},
-        starts=finite.size,
-        left_out=int((~finite).sum()),
+        starts=next(iter(quality.values())).size,
     )
 
 
