@@ -30,7 +30,7 @@ OTHERS = [
     {"horizon": 7, "rounds": 5, "innerLr": 0.01, "metaLr": 0.05},
 ]
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
-DIVERGENT = {"method": "trajectory-shifting", "start": [5.0, 5.0], **DEFAULT, "innerLr": 0.2}
+DIVERGENT = {"method": "trajectory-shifting", "start": [5.0, 5.0], **DEFAULT, "innerLr": 0.5}
 
 
 # -- under Node ------------------------------------------------------------------------------------------------
