@@ -284,3 +284,34 @@ def test_orders_of_the_approximation_error(metagrad: type | None, orders: dict[s
             approximation_error(**base | {name: x}, metagrad=metagrad() if metagrad else None) for x in ranges[name]
         ]
         assert slope(ranges[name], errors) == pytest.approx(order, abs=0.06), name
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_overlapped_shift_comes_one_inner_step_late(every: int) -> None:
+    """By hand: the mean displacement read after step s moves phi and theta after step s + 1; a round ends with both."""
+    made = trainer(
+        tasks(A, C), "trajectory-shifting",
+        lr=ALPHA, meta_lr=BETA, horizon=6, rounds=ROUNDS, meta_every=every, overlap=True,
+    )  # fmt: skip
+    phi = start()
+    for _ in range(ROUNDS):
+        theta, late = np.tile(phi, (3, 1)), None
+        for k in range(1, 7):
+            theta = theta - ALPHA * np.einsum("tij,tj->ti", A, theta - C)
+            if late is not None:
+                phi, theta, late = phi + late, theta + late, None
+            if k % every == 0:
+                late = BETA * (theta - phi).mean(0)
+            if k == 6 and late is not None:
+                phi = phi + late
+            made.advance()
+            np.testing.assert_allclose(phi_of(made), phi, rtol=1e-12)
+            if k < 6:
+                np.testing.assert_allclose(theta_of(made), theta, rtol=1e-12)
+
+
+def test_what_being_late_does_to_the_fixed_point() -> None:
+    """The lag is one step of a trajectory: it moves the fixed point by a few percent of the way there."""
+    ends = [phi_of(run("trajectory-shifting", meta_lr=0.1, rounds=300, overlap=overlap)) for overlap in (False, True)]
+    moved = np.linalg.norm(ends[0] - ends[1]) / np.linalg.norm(ends[0] - start())
+    assert 0.0 < moved < 0.05

@@ -25,6 +25,7 @@ SAVED = 6
 CASES: dict[str, dict[str, Any]] = {
     "shifting": {"count": 5},
     "shifting-one-task": {"count": 1},
+    "overlapped": {"count": 5, "overlap": True},
     "reptile": {"count": 5, "method": "reptile"},
     "accurate": {"count": 5, "method": "accurate"},
     "leap": {"count": 5, "method": "leap"},

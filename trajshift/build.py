@@ -82,6 +82,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         grad_clip=recipe.grad_clip,
         autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
         channels_last=recipe.channels_last,
+        overlap=recipe.overlap,
         engine=recipe.engine,
         gauge=None if recipe.output.error_every is None else Gauge.every(recipe.output.error_every, recipe.horizon),
     )

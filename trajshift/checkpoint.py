@@ -70,6 +70,8 @@ def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, An
     tensors = {f"phi/{name}": view for name, view in trainer.layout.views(trainer.phi).items()}
     tensors |= {f"outer/{name}": tensor for name, tensor in outer.items()}
     tensors["update_norm"] = trainer.tally.update_norm
+    if trainer.pending is not None:
+        tensors |= {f"pending/{name}": view for name, view in trainer.layout.views(trainer.pending()).items()}
     readings = trainer.gauge.rows() if trainer.gauge is not None else []
     gathered = trainer.world.gather((dict(trainer.tally.counts), list(trainer.roster.names), readings))
     return tensors, {
@@ -299,6 +301,10 @@ def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> N
         view.copy_(saved)
     trainer.outer.load({n: t.to(trainer.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
     trainer.tally.update_norm.copy_(shared["update_norm"])
+    trainer.pending = None
+    if pending := _strip(shared, "pending/"):
+        gradient = trainer.layout.flatten(pending, out=torch.zeros_like(trainer.phi))
+        trainer.pending = lambda: gradient
     trainer.tally.inner_steps = numbers["inner_steps"]
     trainer.tally.counts = Counter(numbers["counts"] if trainer.world.rank == 0 else {})
     if trainer.gauge is not None:

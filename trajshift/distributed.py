@@ -7,7 +7,7 @@ same code, in which every message is a no-op.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -50,6 +50,17 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begins to sum a tensor over the ranks, in place; calling what is returned waits for the sum and gives it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return tensor
+
+        return wait
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

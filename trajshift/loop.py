@@ -6,7 +6,7 @@ Shapes: T learners on this rank, P shared numbers each, padding included. phi is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,8 @@ class MetaTrainer:
         autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
         gauge: measures the shift's approximation error meanwhile; None does not.
         channels_last: keeps convolutions' weights and activations channels-last; None where that is faster.
+        overlap: let the ranks sum a meta-gradient while the next inner step runs; inside a round phi and theta then
+            move one inner step late.
         engine: how the steps are run: `loop`, `parallel`, `graph` or `auto`, which takes the fastest that can.
 
     Raises:
@@ -126,6 +128,7 @@ class MetaTrainer:
         autocast: torch.dtype | None = None,
         gauge: Gauge | None = None,
         channels_last: bool | None = None,
+        overlap: bool = False,
         engine: str | Engine = "auto",
     ) -> None:
         if rounds < 1:
@@ -166,6 +169,9 @@ class MetaTrainer:
             workers=workers, device=self.device,
         )  # fmt: skip
         self.step = 0
+        self.overlap = overlap
+        self.pending: Callable[[], Tensor] | None = None
+        """With `overlap`: waits for the mean meta-gradient `[P]` that phi has yet to follow."""
         self.tally = Tally(self.device, self.layout.dtype)
         self.engine = choose(engine, self)
         self.world.same(self.initialization.digest(), "the first phi")
@@ -235,13 +241,18 @@ class MetaTrainer:
         losses = self._inner_step()
         if self.gauge is not None:
             self.gauge.look(self)
-        due = self.k % (self.method.meta_every or 1) == 0
-        if due:
-            delta = self.meta_update()
-            if self.k != 0:
-                self.carry(self, delta)
-                self.metagrad.carried(self.theta)
-        return losses, due
+        moved = self.pending is not None
+        if self.pending is not None:
+            self.move_phi(self.pending(), carry=True)
+            self.pending = None
+        if self.k % (self.method.meta_every or 1) == 0:
+            gradient = self.mean_gradient()
+            if self.overlap and self.k != 0:
+                self.pending = self.world.sum_later(gradient)
+            else:
+                self.move_phi(self.world.sum_(gradient), carry=self.k != 0)
+                moved = True
+        return losses, moved
 
     def _reset(self) -> None:
         """theta_0 <- phi for every learner of the round; what else is renewed was chosen by `renew`."""
@@ -303,13 +314,20 @@ class MetaTrainer:
         learner.forget_gradients()
         return loss
 
-    def meta_update(self) -> Tensor:
-        """phi <- phi + delta with delta = -beta * mean MetaGrad (lines 11 and 12); returns delta `[P]`."""
+    def mean_gradient(self) -> Tensor:
+        """The rank's part of the mean meta-gradient `[P]`, in memory of its own."""
         probe = RosterProbe(self.roster, self.phi, self.step, self.autocast)
         gradient = self.metagrad.mean(probe, self.roster.weights)
-        delta = self.outer.step(self.phi, self.world.sum_(gradient))
-        self.tally.meta_update(delta, probe.counts)
-        return delta
+        self.tally.counts += probe.counts
+        return gradient
+
+    def move_phi(self, gradient: Tensor, *, carry: bool) -> None:
+        """phi <- phi + delta with delta = -beta * mean MetaGrad (lines 11 to 13); theta follows if it runs on."""
+        delta = self.outer.step(self.phi, gradient)
+        self.tally.meta_update(delta)
+        if carry:
+            self.carry(self, delta)
+            self.metagrad.carried(self.theta)
 
     def replay(self) -> None:
         """Runs the trajectories again from phi: same start, same batches, as many steps as before."""

@@ -129,6 +129,9 @@ class Recipe:
     channels_last: bool | None = None
     """Keep convolutions channels-last; null does where that is faster."""
 
+    overlap: bool = False
+    """Let the ranks sum a meta-gradient while the next inner step runs; phi and theta then move one inner step late."""
+
     initialization: str | None = None
     """A safetensors file that phi starts from; null draws it from the seed."""
 

@@ -68,10 +68,9 @@ class Tally:
         if not self._replaying:
             self.loss_sum += losses
 
-    def meta_update(self, delta: Tensor, counts: Counter[str]) -> None:
-        """phi moved by delta `[P]`; reading the meta-gradients cost `counts`."""
+    def meta_update(self, delta: Tensor) -> None:
+        """phi moved by delta `[P]`."""
         self.update_norm.copy_(torch.linalg.vector_norm(delta))
-        self.counts += counts
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -173,7 +173,7 @@ class Graph(Engine):
     def obstacle(trainer: MetaTrainer) -> str | None:
         """Why this run cannot be recorded, or None."""
         method, roster = trainer.method, trainer.roster
-        if trainer.world.size > 1:
+        if trainer.world.size > 1 or trainer.overlap:
             return "several ranks talk between steps"
         if type(trainer.metagrad) not in (Displacement, LastGradient) or trainer.metagrad.needs_heldout:
             return f"meta-gradient {method.metagrad} ({method.batch}) is not made of recorded steps alone"
@@ -254,10 +254,7 @@ class Graph(Engine):
             torch.stack(losses, out=self._losses)
             trainer.observe(self._losses, clock.step)
             if due:
-                delta = trainer.meta_update()
-                if carried:
-                    trainer.carry(trainer, delta)
-                    trainer.metagrad.carried(trainer.theta)
+                trainer.move_phi(trainer.mean_gradient(), carry=carried)
             clock.advance()
 
         return body
