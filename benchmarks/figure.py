@@ -87,8 +87,8 @@ def _dots(axis: Axes, panel: Mapping[str, Any]) -> None:
 def _lines(axis: Axes, panel: Mapping[str, Any]) -> None:
     for index, (label, points) in enumerate(panel["lines"].items()):
         x, y = zip(*points, strict=True)
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        axis.plot(x, y, label=label, ms=4, lw=1.5, **look)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axis.plot(x, y, label=label, color=colour, marker=marker, ms=4, lw=1.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylabel(panel["ylabel"])

@@ -44,6 +44,19 @@ class Spread:
     high: float
     count: int
 
+    def times(self, factor: float) -> Spread:
+        """In another unit."""
+        return Spread(factor * self.median, factor * self.low, factor * self.high, self.count)
+
+    def above_one(self) -> Spread:
+        """A ratio as the percentage above one."""
+        return Spread(100 * (self.median - 1), 100 * (self.low - 1), 100 * (self.high - 1), self.count)
+
+
+def once(value: float) -> Spread:
+    """What was measured once."""
+    return Spread(value, value, value, 1)
+
 
 def spread(values: Sequence[float]) -> Spread:
     """The median and its interval by order statistics, whatever the distribution; with fewer than 6 values the range.

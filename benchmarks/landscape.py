@@ -56,10 +56,8 @@ def measure(*, toy: bool) -> Report:
         seconds = interleave(sides, steps=plan.steps, rounds=plan.rounds, title="landscape")
     per_start = [one / len(starts) for one in seconds["twin"]]
     gain = ratio(seconds["loop"], per_start)
-    rows = [
-        ["loop", "1", show_time(spread(seconds["loop"])), show_time(spread(seconds["loop"])), "1"],
-        ["vectorised twin", f"{len(starts):,}", show_time(spread(seconds["twin"])), show_time(spread(per_start)), show(gain)],
-    ]  # fmt: skip
+    alone, together, each = (show_time(spread(values)) for values in (seconds["loop"], seconds["twin"], per_start))
+    rows = [["loop", "1", alone, alone, "1"], ["vectorised twin", f"{len(starts):,}", together, each, show(gain)]]
     report = Report(title="The plane of section 4.1 (CPU)", samples=seconds)
     caption = f"{METHOD}, 8 tasks in the plane, K = {HORIZON}, float64, one thread; a step moves all tasks, then phi."
     report.tables.append(Table(["side", "starts", "a step", "a step of one start", "times as fast"], rows, caption))

@@ -67,8 +67,8 @@ def measure(*, toy: bool) -> Report:
     found: dict[str, dict[int, Found]] = {name: {} for name in SIDES}
     failures: dict[tuple[str, int], str] = {}
     for horizon in plan.horizons:
-        at = _measured(plan, horizon, [name for name in SIDES if library(name) not in missing], failures)
-        for name, one in at.items():
+        usable = [name for name in SIDES if library(name) not in missing]
+        for name, one in _measured(plan, horizon, usable, failures).items():
             found[name][horizon] = one
     report = Report(title="Against higher and torchopt (CPU)")
     report.tables.append(_table(plan, found, failures, missing))
@@ -98,9 +98,7 @@ def unusable() -> dict[str, str]:
     return reasons
 
 
-def _measured(
-    plan: Plan, horizon: int, names: Sequence[str], failures: dict[tuple[str, int], str]
-) -> dict[str, Found]:
+def _measured(plan: Plan, horizon: int, names: Sequence[str], failures: dict[tuple[str, int], str]) -> dict[str, Found]:
     """All sides at one K by turns; one whose first round fails is written down and left out."""
     options = replace(plan.workload, horizon=horizon).options()
     sides = {name: Process(SIDES[name], options) for name in names}

@@ -25,14 +25,17 @@ class Plan:
     rounds: int
     warmup: int
     """More than the steps on which the engine tries its ways."""
+    default_threads: bool
+    """Whether the twin is also measured with PyTorch's own number of threads."""
 
 
-FULL = Plan(workload=Workload(), cores=tuple(sorted({1, CORES})), rounds=10, warmup=9)
+FULL = Plan(workload=Workload(), cores=tuple(sorted({1, CORES})), rounds=10, warmup=9, default_threads=True)
 TOY = Plan(
     workload=Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16),
     cores=(min(2, CORES),),
     rounds=2,
     warmup=1,
+    default_threads=False,
 )
 LIMITS = {"float32": 1.3, "bfloat16": 2.0}
 
@@ -44,7 +47,7 @@ def measure(*, toy: bool) -> Report:
     rows: list[list[str]] = []
     dots: list[Dot] = []
     for cores in plan.cores:
-        seconds = _measured(plan, cores, default_threads=cores == plan.cores[-1])
+        seconds = _measured(plan, cores, default_threads=plan.default_threads and cores == plan.cores[-1])
         for pair in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
             _tell(report, rows, dots, seconds, cores, *pair)
         if "naive, default threads" in seconds:

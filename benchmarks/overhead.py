@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,20 +18,17 @@ import numpy as np
 import torch
 
 from benchmarks.figure import Dot, Dots
-from benchmarks.flat import flat_table, measure_flat
-from benchmarks.harness import Spread, interleave, ratio, spread, threads, timed
+from benchmarks.flat import flat_claims, flat_table, measure_flat
+from benchmarks.harness import interleave, once, ratio, spread, threads, timed
 from benchmarks.report import Claim, Report, show, show_time
 from benchmarks.sides.ours import advance
-from benchmarks.sides.plain import plain
+from benchmarks.sides.plain import Plain
 from benchmarks.workload import Workload, build_trainer, random_images
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
 from trajshift.recipe import load
 from trajshift.run import train
 
-LIMIT_FLAT = 70.0
-"""Percent of a copy's bandwidth, from `LARGE` numbers on."""
-LARGE = 11_000_000
 LIMIT_LOGGING = 1.0
 """Percent of a step."""
 
@@ -101,9 +99,9 @@ def _compare(plan: Plan, report: Report) -> None:
     for case in plan.cases:
         trainer = build_trainer(case.workload, engine="loop")
         trainer.advance()  # the learners take their rows
-        sides = {"shifting": timed(advance(trainer)), "plain": timed(plain(trainer))}
+        sides = {"shifting": timed(advance(trainer)), "plain": timed(Plain(trainer).take)}
         seconds = interleave(sides, steps=case.steps, rounds=plan.rounds, title=f"overhead, {case.label}")
-        extra = more(ratio(seconds["shifting"], seconds["plain"]))
+        extra = ratio(seconds["shifting"], seconds["plain"]).above_one()
         report.claims.append(Claim(f"a step takes longer, {case.label}", extra, case.limit, " %"))
         dots.append(Dot(case.label, extra.median, extra.low, extra.high, case.limit))
         both = [show_time(spread(seconds[side])) for side in sides]
@@ -117,32 +115,24 @@ def _compare(plan: Plan, report: Report) -> None:
     report.tables.append(Table(["case", "T", "model", "shifting", "plain", "extra"], rows, caption))
 
 
-def more(found: Spread) -> Spread:
-    """A ratio as the percentage above one."""
-    return Spread(100 * (found.median - 1), 100 * (found.low - 1), 100 * (found.high - 1), found.count)
-
-
 def _flat(plan: Plan, report: Report) -> None:
     found = measure_flat(plan.flat, device=torch.device("cpu"), block=plan.block, rounds=plan.rounds)
     report.tables.append(flat_table(found, "One thread, float32."))
-    for one in found:
-        if one.size >= LARGE:
-            percent = Spread(100 * one.share.median, 100 * one.share.low, 100 * one.share.high, one.share.count)
-            text = f"bandwidth of mean + update + shift against a copy's, {one.label}"
-            report.claims.append(Claim(text, percent, LIMIT_FLAT, " %", at_least=True))
+    report.claims += flat_claims(found)
 
 
 def _logging(plan: Plan, report: Report) -> None:
     steps, between = logged_run(plan.logged, plan.logged_steps)
     share = 100 * sum(between) / sum(steps)
-    cost = Spread(share, share, share, 1)
-    report.claims.append(Claim("logging, metrics and progress, batch 32, 16x16", cost, LIMIT_LOGGING, " %"))
+    work = plan.logged
+    text = f"logging, metrics and progress, batch {work.batch_size}, {work.size}x{work.size}"
+    report.claims.append(Claim(text, once(share), LIMIT_LOGGING, " %"))
     caption = (
         "All that `trajshift train` does between the steps of a run with the default output settings: metrics, rows, "
         "TensorBoard, progress, looking for signals. Mean of a step; checkpoints are not counted. One thread."
     )
-    mean = [Spread(value, value, value, 1) for value in (sum(one) / len(one) for one in (steps, between))]
-    row = [f"{len(steps)} steps", *map(show_time, mean), f"{share:.3f} %"]
+    means = [show_time(once(sum(one) / len(one))) for one in (steps, between)]
+    row = [f"{len(steps)} steps", *means, f"{share:.3f} %"]
     report.tables.append(Table(["run", "in a step", "between steps", "share"], [row], caption))
     report.samples["in steps"], report.samples["between steps"] = steps, between
 
@@ -165,7 +155,7 @@ def logged_run(workload: Workload, count: int) -> tuple[list[float], list[float]
 
 
 def _gaps(stamps: Sequence[tuple[float, float]]) -> list[float]:
-    return [after[0] - before[1] for before, after in zip(stamps, stamps[1:], strict=False)]
+    return [after[0] - before[1] for before, after in pairwise(stamps)]
 
 
 def _recipe(folder: Path, workload: Workload) -> Path:

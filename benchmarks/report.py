@@ -75,10 +75,9 @@ def show(measured: Spread, unit: str = "") -> str:
 
 def show_time(seconds: Spread) -> str:
     """A time in the unit that fits it."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds.median >= scale:
-            break
-    return show(Spread(seconds.median / scale, seconds.low / scale, seconds.high / scale, seconds.count), f" {unit}")
+    if seconds.median >= 1.0:
+        return show(seconds, " s")
+    return show(seconds.times(1e3), " ms") if seconds.median >= 1e-3 else show(seconds.times(1e6), " µs")
 
 
 def write(name: str, report: Report, folder: Path, *, toy: bool) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.figure import Dot, Dots
 from benchmarks.flat import flat_table, measure_flat
-from benchmarks.harness import CORES, Process, Spread, interleave, ratio, spread, threads
+from benchmarks.harness import CORES, Process, interleave, once, ratio, spread, threads
 from benchmarks.report import Claim, Report, show, show_time
-from benchmarks.workload import Workload, build_trainer
+from benchmarks.workload import Workload, build_trainer, own_bytes
 from trajshift.experiments.tables import Table
 
 OURS = "benchmarks.sides.ours:steps"
@@ -106,8 +106,7 @@ def _tasks(plan: Plan, report: Report) -> list[Dot]:
             dots.append(Dot(f"T = {name} to {reference}", relative.median, relative.low, relative.high, LIMIT))
     own = _own_bytes(plan.of_tasks)
     further = (peaks[str(most)] - peaks[reference]) / (most - plan.reference_tasks)
-    cost = Spread(further / 1e6, further / 1e6, further / 1e6, 1)
-    report.claims.append(Claim("memory of a further task", cost, round(own / 1e6, 2), " MB"))
+    report.claims.append(Claim("memory of a further task", once(further / 1e6), round(own / 1e6, 2), " MB"))
     report.tables.append(Table(["T", "a task's step", f"to T = {reference}", "peak memory"], rows, _say(plan, own)))
     report.samples["tasks"] = {"seconds": seconds, "bytes": peaks}
     return dots
@@ -123,11 +122,9 @@ def _say(plan: Plan, own: int) -> str:
 
 
 def _own_bytes(workload: Workload) -> int:
-    """Row, gradient and momentum of a task, head included."""
     trainer = build_trainer(replace(workload, tasks=1), engine="loop")
     trainer.advance()
-    head = sum(parameter.numel() for parameter in trainer.learners[0].own.values())
-    return 3 * (trainer.layout.size + head) * trainer.theta.element_size()
+    return own_bytes(trainer)
 
 
 # -- horizon ---------------------------------------------------------------------------------------------------------
@@ -145,9 +142,8 @@ def _horizons(plan: Plan, report: Report) -> list[Dot]:
         if name != first:
             report.claims.append(Claim(f"time of a step, K = {name} to K = {first}", relative, LIMIT))
             dots.append(Dot(f"K = {name} to {first}", relative.median, relative.low, relative.high, LIMIT))
-    growth = peaks[others[-1]] / peaks[first]
-    cost = Spread(growth, growth, growth, 1)
-    report.claims.append(Claim(f"peak memory, K = {others[-1]} to K = {first}", cost, LIMIT))
+    growth = once(peaks[others[-1]] / peaks[first])
+    report.claims.append(Claim(f"peak memory, K = {others[-1]} to K = {first}", growth, LIMIT))
     work = plan.of_horizons
     caption = (
         f"{work.tasks} tasks, {work.model}, batch {work.batch_size}, {work.size}x{work.size}, one thread, engine auto; "
@@ -171,7 +167,9 @@ def _ranks(plan: Plan, report: Report) -> None:
     text = f"times as fast with {plan.ranks} ranks on {plan.ranks} cores as with one on one"
     report.claims.append(Claim(text, gain, LIMIT_RANKS, at_least=True))
     work = plan.of_ranks
-    rows = [[name, show_time(spread(values)), show(ratio(seconds["1 rank"], values))] for name, values in seconds.items()]
+    rows = [
+        [name, show_time(spread(values)), show(ratio(seconds["1 rank"], values))] for name, values in seconds.items()
+    ]
     caption = (
         f"{work.tasks} tasks, {work.model}, batch {work.batch_size}, {work.size}x{work.size}; torchrun with gloo, one "
         "thread a rank."

@@ -37,9 +37,7 @@ def measure(*, toy: bool) -> Report:
     """All commands by turns; at toy size once, and without the demo."""
     sides = {name: timed(process(command)) for name, command in COMMANDS.items()}
     seconds = interleave(sides, steps=1, rounds=1 if toy else ROUNDS, warmup=0 if toy else 1, title="start-up")
-    rows = [
-        [name, show_time(spread(values)), show(ratio(values, seconds[TORCH]))] for name, values in seconds.items()
-    ]
+    rows = [[name, show_time(spread(values)), show(ratio(values, seconds[TORCH]))] for name, values in seconds.items()]
     report = Report(title="Start-up (CPU)", samples=seconds)
     caption = "Whole processes, files in the system's cache. `import trajshift` and the help do not import torch."
     report.tables.append(Table(["process", "wall time", f"times `{TORCH}`"], rows, caption))

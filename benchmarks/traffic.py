@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,10 +20,6 @@ class Work:
     """Of convolutions and matrix products, a multiplication and an addition being two."""
     bytes: float
     """Read and written by all operators, nothing fused: each reads its arguments once and writes its results once."""
-
-    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Seconds that it takes at least, computing and moving at the same time."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def count(run: Callable[[], object]) -> Work:
@@ -48,7 +43,7 @@ class _Traffic(TorchDispatchMode):
         return out
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def _bytes(tensor: Tensor) -> int:
     """Of its memory; what is expanded is read once."""
     spread = any(stride == 0 for stride in tensor.stride())
     held = tensor.untyped_storage().nbytes() if spread else tensor.numel() * tensor.element_size()

@@ -7,6 +7,7 @@ that they took and the peak of memory, a JSON object a line, until its input end
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
@@ -47,4 +48,6 @@ def load_all_of_torch() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    status = main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # PyTorch would take most of a second to take itself apart

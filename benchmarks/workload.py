@@ -15,9 +15,10 @@ from trajshift.data.images import image_task
 from trajshift.models import build
 
 INNER_LR = 0.01
-INNER_OPTIONS = {"momentum": 0.9, "weight_decay": 5e-4}
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
 META_LR = 0.01
-"""Of section 4.2, for SGD inside."""
+"""Of section 4.2."""
 PADDING = 4
 FOREVER = 10**6
 
@@ -74,6 +75,17 @@ def random_images(
     return images, torch.randint(0, classes, (count,), generator=generator, device=device)
 
 
+def own_bytes(trainer: MetaTrainer) -> int:
+    """Row, gradient and momentum of a task, head included, of a trainer that has taken a step."""
+    head = sum(parameter.numel() for parameter in trainer.learners[0].own.values())
+    return 3 * (trainer.layout.size + head) * trainer.theta.element_size()
+
+
+def engine_of(trainer: MetaTrainer) -> str:
+    """Name of the engine that was chosen."""
+    return str(trainer.describe().get("engine", "loop"))
+
+
 def build_trainer(
     workload: Workload,
     *,
@@ -91,7 +103,7 @@ def build_trainer(
         horizon=workload.horizon,
         rounds=FOREVER,
         meta_lr=META_LR,
-        inner=Inner(lr=INNER_LR, options=INNER_OPTIONS),
+        inner=Inner(lr=INNER_LR, options={"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}),
         batch_size=workload.batch_size,
         device=device,
         autocast=workload.autocast,

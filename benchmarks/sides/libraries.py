@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Steps
-from benchmarks.workload import INNER_LR, INNER_OPTIONS, META_LR, Workload
+from benchmarks.workload import INNER_LR, META_LR, MOMENTUM, WEIGHT_DECAY, Workload
 from trajshift.data.batches import TaskBatches
 
 
@@ -65,7 +65,7 @@ def higher_first_order(**workload: Any) -> Steps:
     import higher
 
     setting = _Round(workload)
-    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, **INNER_OPTIONS)
+    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def one() -> None:
         with higher.innerloop_ctx(setting.model, inner, track_higher_grads=False) as (fast, optimizer):
@@ -81,7 +81,7 @@ def higher_unrolled(**workload: Any) -> Steps:
     import higher
 
     setting = _Round(workload)
-    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, **INNER_OPTIONS)
+    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def one() -> None:
         with higher.innerloop_ctx(setting.model, inner, copy_initial_weights=False) as (fast, optimizer):
@@ -100,7 +100,7 @@ def torchopt_first_order(**workload: Any) -> Steps:
 
     def one() -> None:
         fast = copy.deepcopy(setting.model)
-        optimizer = torchopt.SGD(fast.parameters(), lr=INNER_LR, **INNER_OPTIONS)
+        optimizer = torchopt.SGD(fast.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         for _ in range(setting.horizon):
             optimizer.zero_grad()
             setting.loss(fast).backward()
@@ -119,7 +119,7 @@ def torchopt_unrolled(**workload: Any) -> Steps:
 
     def one() -> None:
         start = torchopt.extract_state_dict(setting.model, by="reference")
-        optimizer = torchopt.MetaSGD(setting.model, lr=INNER_LR, **INNER_OPTIONS)
+        optimizer = torchopt.MetaSGD(setting.model, lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         for _ in range(setting.horizon):
             optimizer.step(setting.loss(setting.model))
         gradients = torch.autograd.grad(setting.loss(setting.model), phi)

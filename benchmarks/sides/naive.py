@@ -1,4 +1,4 @@
-"""The usual way by hand: copied models, images transformed one by one in a DataLoader, a meta-update for each parameter.
+"""The usual way by hand: copied models, images transformed one by one in a DataLoader, parameter-by-parameter updates.
 
 As a careful researcher writes it: nothing is wasted that the way itself does not waste. With several processes each
 trains its share of the tasks and the meta-updates are summed by gloo.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Steps
-from benchmarks.workload import INNER_LR, INNER_OPTIONS, META_LR, PADDING, Workload, random_images
+from benchmarks.workload import INNER_LR, META_LR, MOMENTUM, PADDING, WEIGHT_DECAY, Workload, random_images
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -73,7 +73,10 @@ class Naive:
             self.loaders.append(
                 endless(DataLoader(dataset, batch_size=workload.batch_size, shuffle=True, drop_last=True))
             )
-        self.optimizers = [torch.optim.SGD(m.parameters(), lr=INNER_LR, **INNER_OPTIONS) for m in self.models]
+        self.optimizers = [
+            torch.optim.SGD(m.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+            for m in self.models
+        ]
         self.phi = {name: p.detach().clone() for name, p in first.named_parameters() if not name.startswith("fc.")}
         self.thetas = {name: [model.get_parameter(name) for model in self.models] for name in self.phi}
         self.step = 0
@@ -111,13 +114,13 @@ class Naive:
         for name, phi in self.phi.items():
             delta = torch.zeros_like(phi)
             for theta in self.thetas[name]:
-                delta += theta - phi
+                delta.add_(theta).sub_(phi)
             if self.size > 1:
                 dist.all_reduce(delta)
-            delta *= META_LR / self.workload.tasks
-            phi += delta
+            delta.mul_(META_LR / self.workload.tasks)
+            phi.add_(delta)
             for theta in self.thetas[name]:
-                theta += delta
+                theta.add_(delta)
 
 
 def steps(**workload: Any) -> Steps:

@@ -7,29 +7,31 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Steps
-from benchmarks.workload import INNER_LR, INNER_OPTIONS
+from benchmarks.workload import INNER_LR, MOMENTUM, WEIGHT_DECAY
 from trajshift import MetaTrainer
 
 
-def plain(trainer: MetaTrainer) -> Steps:
+class Plain:
     """Trains copies of the models of a trainer that has taken a step, on its batches, from where it stands."""
-    device, autocast = trainer.device.type, trainer.autocast
-    models = [copy.deepcopy(learner.module) for learner in trainer.learners]
-    batches = [learner.batches for learner in trainer.learners]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=INNER_LR, fused=True, **INNER_OPTIONS) for m in models]
-    step = trainer.step
 
-    def take(count: int) -> None:
-        nonlocal step
+    def __init__(self, trainer: MetaTrainer) -> None:
+        self.device, self.autocast = trainer.device.type, trainer.autocast
+        self.models = [copy.deepcopy(learner.module) for learner in trainer.learners]
+        self.batches = [learner.batches for learner in trainer.learners]
+        self.optimizers = [
+            torch.optim.SGD(model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+            for model in self.models
+        ]
+        self.step = trainer.step
+
+    def take(self, count: int) -> None:
+        """So many steps of every model."""
         for _ in range(count):
-            for model, optimizer, source in zip(models, optimizers, batches, strict=True):
-                x, y = source.train(step)
-                with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+            for model, optimizer, batches in zip(self.models, self.optimizers, self.batches, strict=True):
+                x, y = batches.train(self.step)
+                with torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None):
                     loss = F.cross_entropy(model(x), y)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            step += 1
-
-    return take
+            self.step += 1
