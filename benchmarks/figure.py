@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trajshift.figures import COLOURS, GREY, MARKERS, styled
+from trajshift.figures import COLOURS, MARKERS, log_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,6 @@ class Dots:
     title: str
     xlabel: str
     dots: Sequence[Dot]
-    log: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,7 @@ def _dots(axis: Axes, panel: Mapping[str, Any]) -> None:
     axis.set_yticks(range(len(dots)), [dot["label"] for dot in dots])
     axis.set_ylim(-0.6, len(dots) - 0.4)
     axis.grid(axis="y", visible=False)
-    if panel["log"]:
-        axis.set_xscale("log")
-    elif all(dot["low"] >= 0.0 for dot in dots):
+    if all(dot["low"] >= 0.0 for dot in dots):
         axis.set_xlim(left=0.0)
     if any(dot["limit"] is not None for dot in dots):
         axis.plot([], [], color=COLOURS[1], lw=2, label="limit")
@@ -89,7 +86,7 @@ def _lines(axis: Axes, panel: Mapping[str, Any]) -> None:
         x, y = zip(*points, strict=True)
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         axis.plot(x, y, label=label, color=colour, marker=marker, ms=4, lw=1.5)
-    axis.set_xscale("log")
+    log_axis(axis, sorted({x for points in panel["lines"].values() for x, _ in points}))
     axis.set_yscale("log")
     axis.set_ylabel(panel["ylabel"])
-    axis.legend(fontsize=7, labelcolor=GREY)
+    axis.legend(fontsize=7)

@@ -62,7 +62,7 @@ FULL = Plan(
         ("ResNet20", Workload(batch_size=2, size=16, images=8)),
         ("ResNet18", Workload(model="resnet18", batch_size=2, images=8)),
     ),
-    flat_block=1e11,
+    flat_block=2e10,
     memory_tasks=(1, 8, 32, 128),
     large=Workload(model="resnet18", size=224, batch_size=256, images=512),
     large_steps=10,

@@ -25,35 +25,36 @@ class Plan:
     rounds: int
     warmup: int
     """More than the steps on which the engine tries its ways."""
-    default_threads: bool
-    """Whether the twin is also measured with PyTorch's own number of threads."""
+    default_rounds: int
+    """Of the twin with PyTorch's own number of threads, which can be very slow; 0 leaves it out."""
 
 
-FULL = Plan(workload=Workload(), cores=tuple(sorted({1, CORES})), rounds=10, warmup=9, default_threads=True)
+FULL = Plan(workload=Workload(), cores=tuple(sorted({1, CORES})), rounds=10, warmup=9, default_rounds=3)
 TOY = Plan(
     workload=Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16),
     cores=(min(2, CORES),),
     rounds=2,
     warmup=1,
-    default_threads=False,
+    default_rounds=0,
 )
 LIMITS = {"float32": 1.3, "bfloat16": 2.0}
 
 
 def measure(*, toy: bool) -> Report:
-    """Every number of cores in both dtypes; on all cores also the twin with default threads, by itself."""
+    """Every number of cores in both dtypes; then the twin with default threads, by itself."""
     plan = TOY if toy else FULL
     report = Report(title="Against the naive twin (CPU)")
     rows: list[list[str]] = []
     dots: list[Dot] = []
     for cores in plan.cores:
-        seconds = _measured(plan, cores, default_threads=plan.default_threads and cores == plan.cores[-1])
+        seconds = _measured(plan, cores)
         for pair in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
             _tell(report, rows, dots, seconds, cores, *pair)
-        if "naive, default threads" in seconds:
-            slow = spread(seconds["naive, default threads"])
-            rows.append([str(cores), "-", "float32, default threads", "-", show_time(slow), "(not our ratio)"])
         report.samples[f"{cores} cores"] = seconds
+    if plan.default_rounds:
+        slow = _default_threads(plan, cores)
+        rows.append([str(cores), "-", "float32, default threads", "-", show_time(spread(slow)), "(not our ratio)"])
+        report.samples["default threads"] = slow
     report.panels.append(Dots("Against the naive twin (CPU)", "times as fast", dots))
     work = plan.workload
     caption = (
@@ -67,15 +68,20 @@ def measure(*, toy: bool) -> Report:
     return report
 
 
-def _measured(plan: Plan, cores: int, *, default_threads: bool) -> dict[str, list[float]]:
+def _default_threads(plan: Plan, cores: int) -> list[float]:
+    """Seconds per step of the twin by itself, each of its processes with as many threads as there are cores."""
+    with Process(NAIVE, plan.workload.options(), threads=CORES, ranks=cores) as side:
+        title = "naive twin, default threads"
+        return interleave({"naive": side}, steps=1, rounds=plan.default_rounds, title=title)["naive"]
+
+
+def _measured(plan: Plan, cores: int) -> dict[str, list[float]]:
     """Seconds per step of all sides, which take turns."""
     sides: dict[str, Process] = {}
     for dtype in LIMITS:
         options: dict[str, Any] = replace(plan.workload, bfloat16=dtype == "bfloat16").options()
         sides[f"ours, {dtype}"] = Process(OURS, {"engine": "auto", **options}, threads=cores)
         sides[f"naive, {dtype}"] = Process(NAIVE, options, ranks=cores)
-    if default_threads:
-        sides["naive, default threads"] = Process(NAIVE, plan.workload.options(), threads=CORES, ranks=cores)
     with ExitStack() as stack:
         for side in sides.values():
             stack.enter_context(side)
