@@ -18,10 +18,10 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy trajshift
+	$(BIN)/mypy trajshift benchmarks
 	$(BIN)/python -m pytest
 
 # Leaves runs/, which holds results.
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
-	find trajshift tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find trajshift benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""trajshift: the loop under trajectory shifting, phi moves at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import Steps
+from benchmarks.workload import Workload, build_trainer
+from trajshift import MetaTrainer
+
+
+def advance(trainer: MetaTrainer) -> Steps:
+    """Steps of a trainer: one inner step of all its learners each."""
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            trainer.advance()
+
+    return take
+
+
+def steps(*, engine: str, **workload: Any) -> Steps:
+    """Steps of a new trainer."""
+    return advance(build_trainer(Workload(**workload), engine=engine))
+
+
+def rounds(**workload: Any) -> Steps:
+    """Whole rounds of a new trainer: K inner steps each, in the reference loop."""
+    trainer = build_trainer(Workload(**workload), engine="loop")
+    take = advance(trainer)
+    return lambda count: take(count * trainer.horizon)
