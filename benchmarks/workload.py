@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,7 +82,7 @@ def own_bytes(trainer: MetaTrainer) -> int:
 
 def engine_of(trainer: MetaTrainer) -> str:
     """Name of the engine that was chosen."""
-    return str(trainer.describe().get("engine", "loop"))
+    return trainer.engine.name
 
 
 def build_trainer(
@@ -95,7 +94,6 @@ def build_trainer(
     tasks: Sequence[Task] | None = None,
 ) -> MetaTrainer:
     """A trainer of the workload's tasks, or of others, that runs as long as it is asked to."""
-    chosen: dict[str, Any] = {"engine": engine} if "engine" in inspect.signature(MetaTrainer).parameters else {}
     return MetaTrainer(
         workload.build,
         tasks or workload.build_tasks(device),
@@ -107,5 +105,5 @@ def build_trainer(
         batch_size=workload.batch_size,
         device=device,
         autocast=workload.autocast,
-        **chosen,
+        engine=engine,
     )
