@@ -75,7 +75,7 @@ class Stream:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=any(task.device.type == "cuda" for task in batches.values()),
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator(),  # else every start draws from the global generator
             )
         self.follow([(name, "train") for name in self._raw])
@@ -140,7 +140,8 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
+    """Leaves SIGINT and SIGTERM to the parent of a loader's worker."""
     # A terminal or a scheduler signals the whole process group; the parent still needs batches to end its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
