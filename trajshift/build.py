@@ -25,10 +25,11 @@ from trajshift.data.sources import ImageData, class_balanced_subset, subset
 from trajshift.errors import UsageError, nearest
 from trajshift.gauge import Gauge
 from trajshift.importing import load_object
-from trajshift.initialization import load_initialization
+from trajshift.initialization import is_statistic
 from trajshift.inner import Inner
 from trajshift.learner import Factory, fresh_module, head_key, seeded
 from trajshift.loop import MetaTrainer
+from trajshift.pretrained import load_start
 from trajshift.recipe import TASK_SECTIONS, Recipe
 from trajshift.recipe_fields import DataRecipe, TaskRecipe
 from trajshift.task import Task
@@ -46,7 +47,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
     """
     tasks = build_tasks(recipe)
     inner = recipe.inner
-    start = None if recipe.initialization is None else load_initialization(recipe.initialization)
+    start = None if recipe.initialization is None else load_start(recipe.initialization)
     model = model_factory(recipe)
     check_fit(model, tasks, recipe)
     return MetaTrainer(
@@ -167,6 +168,20 @@ def unshared(trainer: MetaTrainer) -> list[str]:
     heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return [name for name in names if name not in shared and not is_in_head(name, heads)]
+
+
+def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
+    """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
+    if recipe.initialization is None:
+        return None
+    shared = {entry.name for entry in trainer.layout.entries}
+    start = load_start(recipe.initialization)
+    left = [name for name in start if name not in shared]
+    statistics = [name for name in left if is_statistic(name)]
+    rest = [name for name in left if not is_statistic(name)]
+    parts = [f"not used: {', '.join(rest)}"] if rest else []
+    parts += [f"{len(statistics)} BatchNorm statistics, which belong to tasks"] if statistics else []
+    return "; ".join([f"phi starts from {recipe.initialization}: {len(start) - len(left)} parameters", *parts])
 
 
 def build_tasks(recipe: Recipe, names: Iterable[str] | None = None) -> dict[str, Task]:

@@ -103,7 +103,10 @@ def train(
 def finetune(
     start: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_INITIALIZATION", help="A run directory, a checkpoint or a .safetensors file."),
+        typer.Argument(
+            metavar="RUN_OR_INITIALIZATION",
+            help="A run directory, a checkpoint, a file of weights (.safetensors, .pth) or hub:OWNER/NAME.",
+        ),
     ],
     words: Annotated[
         list[str] | None,

@@ -130,7 +130,8 @@ class Recipe:
     """Keep convolutions channels-last; null does where that is faster."""
 
     initialization: str | None = None
-    """A safetensors file that phi starts from; null draws it from the seed."""
+    """What phi starts from: a run's initialization.safetensors, published weights in a file (safetensors, or a state
+    dict as torchvision's .pth) or on the hub (hub:timm/resnet18.tv_in1k@REVISION); null draws it from the seed."""
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The network."""
