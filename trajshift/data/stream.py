@@ -7,11 +7,13 @@ replay, resume and sampled tasks change the speed and never a bit.
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -67,6 +69,7 @@ class Stream:
         self._fetched: Iterator[Any] | None = None
         self._loader: DataLoader[Any] | None = None
         if workers and any(raw.streams(split) for raw in self._raw.values() for split in ("train", "test")):
+            _open.add(self)
             self._loader = DataLoader(
                 _Requests(self._raw),
                 batch_size=None,
@@ -75,7 +78,7 @@ class Stream:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=any(task.device.type == "cuda" for task in batches.values()),
-                worker_init_fn=ignore_signals,
+                worker_init_fn=_ignore_signals,
                 generator=torch.Generator(),  # else every start draws from the global generator
             )
         self.follow([(name, "train") for name in self._raw])
@@ -136,12 +139,22 @@ class Stream:
             yield Request(name, split, request.step + cycle, self._sizes[name])
 
 
+_open: WeakSet[Stream] = WeakSet()
+
+
+# Runs before torch's handler, which was registered earlier and after which no worker is ended any more. The workers
+# ignore SIGTERM: a process that left a stream open would wait for them forever.
+@atexit.register
+def _close_all() -> None:
+    for stream in list(_open):
+        stream.close()
+
+
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def ignore_signals(worker: int) -> None:
-    """Leaves SIGINT and SIGTERM to the parent of a loader's worker."""
+def _ignore_signals(worker: int) -> None:
     # A terminal or a scheduler signals the whole process group; the parent still needs batches to end its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
