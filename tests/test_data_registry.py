@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from trajshift.data.registry import find, registered
 from trajshift.errors import UsageError
+from trajshift.recipe import validate
+from trajshift.yaml_text import read_yaml
 
 META_TRAINED = {  # section 4.2: pixels and classes of the eight sources
     "tinyimagenet-a": (64, 100),
@@ -68,3 +71,11 @@ def test_groups_of_imagenet() -> None:
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown data set 'imagenet-group9'; did you mean 'imagenet-group"):
         find("imagenet-group9")
+
+
+def test_the_recipe_in_the_docs_is_valid() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert set(validate(read_yaml(text, "docs/data.md")).tasks) == {"tin-a", "digits", "mammals"}
+    for name in [name for name, entry in registered().items() if entry.revision is not None]:
+        assert f"`{name}`" in page

@@ -157,7 +157,8 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         try:
             decoded = self._images[number][self._column]
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for bytes that are no image
-            reason = str(error).splitlines()[0]
+            known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
+            reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
             raise UsageError(f"{self.what}: image {number} is broken ({reason}); mend or drop the row") from error
         if decoded is None:
             raise UsageError(f"{self.what}: image {number} is missing; drop the row")
@@ -202,7 +203,8 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{name}: not to be opened as a data set ({reason})") from error
+        remedy = "check the files" if files or path.exists() else "check id and connection, or give a local copy"
+        raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
 
 

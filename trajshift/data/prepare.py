@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from trajshift.data.hashing import key
 from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images
 from trajshift.data.registry import DataSet, find
 from trajshift.data.sources import ArraySource, class_balanced_subset
-from trajshift.data.stream import ignore_signals
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
 from trajshift.rundir import replace_file
@@ -231,6 +231,11 @@ class _Chunks(Dataset[Any]):
             return error  # raised by the parent; the loader would bury its sentence in a traceback
 
 
+def _ignore_interrupt(worker: int) -> None:
+    """A terminal interrupts the whole process group; the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool) -> None:
     """Appends to an `.npy` file the images that it does not hold yet."""
     header = BytesIO()
@@ -246,7 +251,7 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             _Chunks(images, done),
             batch_size=None,
             num_workers=jobs if jobs > 1 else 0,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),
         )
         with Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress:
