@@ -130,8 +130,7 @@ def prepare_cache(
         name: of the registry.
         root: folder of the caches.
         copy: a local copy of the repository; None takes the hub.
-        jobs: processes that decode; 1 is this one. With more, a script needs `if __name__ == "__main__":` where
-            Python starts processes anew instead of forking.
+        jobs: processes that decode; 1 is this one.
         overrides: fields of the entry to replace, see `OVERRIDES`.
         quiet: no progress and no warnings.
 
@@ -251,12 +250,15 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             _Chunks(images, done),
             batch_size=None,
             num_workers=jobs if jobs > 1 else 0,
+            # A forked worker ends when its parent was killed; one of a fork server would stay for ever.
+            multiprocessing_context="fork" if jobs > 1 else None,
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),
         )
+        chunks = iter(loader)  # before Progress starts a thread
         with Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress:
             synced = done
-            for chunk in loader:
+            for chunk in chunks:
                 if isinstance(chunk, UsageError):
                     raise chunk
                 file.write(chunk.numpy().data)
