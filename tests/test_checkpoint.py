@@ -261,9 +261,12 @@ def test_no_pickle_is_ever_read() -> None:
                 assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names), file
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 owner = ast.unparse(node.func.value)
+                arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if owner == "torch" and file.name == "pretrained.py":  # tensors alone: nothing in the file is run
+                    assert arguments.get("weights_only") == "True", f"{file}:{node.lineno}"
+                    continue
                 assert owner not in ("torch", "torch.jit", "pickle"), f"{file}:{node.lineno}"
                 if owner in ("np", "numpy"):
-                    arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
                     assert arguments.get("allow_pickle") == "False", f"{file}:{node.lineno}"
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 import trajshift.data
 from trajshift.data.batches import TaskBatches
 from trajshift.data.digits import digits_targets, digits_task, digits_tasks, load_digits
+from trajshift.data.npz import load_npz
 from trajshift.data.preparation import prepare_images
-from trajshift.data.sources import ImageData, load_npz
+from trajshift.data.sources import ImageData
 from trajshift.errors import UsageError
 
 FILE = Path(trajshift.data.__file__).with_name("digits.npz")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from trajshift.data.npz import load_npz
 from trajshift.data.preparation import prepare_images
 from trajshift.data.sources import (
     ArraySource,
@@ -19,7 +20,6 @@ from trajshift.data.sources import (
     as_source,
     class_balanced_subset,
     labels_of,
-    load_npz,
     seeded,
     subset,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -180,3 +182,21 @@ def test_what_a_worker_refuses_is_said_in_one_sentence() -> None:
     stream.close()
     with pytest.raises(UsageError, match="workers is -1"):
         Stream({}, -1)
+
+
+FORGETFUL = """
+import torch
+from trajshift.data.batches import TaskBatches
+from trajshift.data.stream import Stream
+from trajshift.task import Task
+
+task = Task(name="a", train=[(torch.zeros(1, 2, 2), 1)] * 9, outputs=2)
+batches = TaskBatches(task, seed=0, batch_size=3)
+stream = Stream({"a": batches}, 1)
+print(len(batches.train(0)[0]))
+"""
+
+
+def test_a_process_that_leaves_its_stream_open_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

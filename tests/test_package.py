@@ -7,7 +7,14 @@ import pytest
 
 import trajshift
 
-TORCH_FREE = ("trajshift", "trajshift.errors", "trajshift.presets", "trajshift.recipe", "trajshift.cli")
+TORCH_FREE = (
+    "trajshift",
+    "trajshift.errors",
+    "trajshift.presets",
+    "trajshift.recipe",
+    "trajshift.cli",
+    "trajshift.data.registry",
+)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,17 +15,21 @@ from torch import nn
 from trajshift import models
 from trajshift.carry import Carry
 from trajshift.data.batches import TaskBatches
+from trajshift.data.caches import open_cache
 from trajshift.data.digits import load_digits
 from trajshift.data.hashing import key
 from trajshift.data.images import image_task
-from trajshift.data.sources import ImageData, class_balanced_subset, load_npz, subset
+from trajshift.data.npz import load_npz
+from trajshift.data.registry import find
+from trajshift.data.sources import ImageData, class_balanced_subset, subset
 from trajshift.errors import UsageError, nearest
 from trajshift.gauge import Gauge
 from trajshift.importing import load_object
-from trajshift.initialization import load_initialization
+from trajshift.initialization import is_statistic
 from trajshift.inner import Inner
 from trajshift.learner import Factory, fresh_module, head_key, seeded
 from trajshift.loop import MetaTrainer
+from trajshift.pretrained import load_start
 from trajshift.recipe import TASK_SECTIONS, Recipe
 from trajshift.recipe_fields import DataRecipe, TaskRecipe
 from trajshift.task import Task
@@ -42,7 +47,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
     """
     tasks = build_tasks(recipe)
     inner = recipe.inner
-    start = None if recipe.initialization is None else load_initialization(recipe.initialization)
+    start = None if recipe.initialization is None else load_start(recipe.initialization)
     model = model_factory(recipe)
     check_fit(model, tasks, recipe)
     return MetaTrainer(
@@ -166,6 +171,20 @@ def unshared(trainer: MetaTrainer) -> list[str]:
     return [name for name in names if name not in shared and not is_in_head(name, heads)]
 
 
+def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
+    """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
+    if recipe.initialization is None:
+        return None
+    shared = {entry.name for entry in trainer.layout.entries}
+    start = load_start(recipe.initialization)
+    left = [name for name in start if name not in shared]
+    statistics = [name for name in left if is_statistic(name)]
+    rest = [name for name in left if not is_statistic(name)]
+    parts = [f"not used: {', '.join(rest)}"] if rest else []
+    parts += [f"{len(statistics)} BatchNorm statistics, which belong to tasks"] if statistics else []
+    return "; ".join([f"phi starts from {recipe.initialization}: {len(start) - len(left)} parameters", *parts])
+
+
 def build_tasks(recipe: Recipe, names: Iterable[str] | None = None) -> dict[str, Task]:
     """The tasks of these names from any section; None is the tasks that the recipe meta-trains on.
 
@@ -194,6 +213,8 @@ def build_task(name: str, task: TaskRecipe, data: DataRecipe) -> Task:
     """One task with its data loaded; what it leaves open is taken from `data`."""
     kind, _, place = task.source.partition(":")
     whole = resolved(task, data)
+    if kind in ("cache", "hub") and task.flip is None:
+        whole.flip = whole.flip and find(place).flip
     if kind in _LOADERS:
         images = _LOADERS[kind](name, place, whole, data)
     else:
@@ -269,6 +290,32 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
     return load_hf(local if found else place, size=task.size, channels=task.channels, **task.options)
 
 
+def _cache(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
+    _no_options(name, task)
+    root = Path(data.root).expanduser()
+    images = open_cache(root, place)
+    pixels = images.train.fetch(torch.tensor([0]))[0].shape[-1]
+    if task.size not in (None, pixels):
+        raise UsageError(
+            f"task {name!r} asks for size {task.size}, but the cache of {place!r} in {root} has {pixels} pixels; drop"
+            f" size, or make another with: trajshift data prepare {place} size={task.size} --root FOLDER"
+        )
+    return images
+
+
+def _hub(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
+    from trajshift.data.huggingface import image_data
+    from trajshift.data.prepare import open_entry, overridden
+
+    options = {"size": task.size, **task.options} if task.size is not None else dict(task.options)
+    copy = options.pop("from", None)
+    root = Path(data.root).expanduser()
+    opened, differing = open_entry(overridden(find(place), options), None if copy is None else root / str(copy))
+    for sentence in differing:
+        print(f"warning: task {name!r}: {sentence}; the registered figures are not verified", file=sys.stderr)
+    return image_data(opened)
+
+
 def _no_options(name: str, task: TaskRecipe) -> None:
     if task.options:
         kind = task.source.partition(":")[0]
@@ -303,4 +350,4 @@ def _adopt(name: str, made: Task, task: TaskRecipe) -> Task:
     return replace(made, name=name, weight=weight, batch_size=task.batch_size or made.batch_size)
 
 
-_LOADERS = {"npz": _npz, "digits": _digits, "hf": _hf}
+_LOADERS = {"npz": _npz, "digits": _digits, "hf": _hf, "cache": _cache, "hub": _hub}

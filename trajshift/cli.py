@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from trajshift import __version__
+from trajshift.data.cli import app as data
 from trajshift.errors import UsageError
 from trajshift.experiments.cli import app as experiments
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(experiments, name="experiment")
+app.add_typer(data, name="data")
 
 RecipeOrRun = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, a built-in recipe, or a run directory.")
@@ -101,7 +103,10 @@ def train(
 def finetune(
     start: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_INITIALIZATION", help="A run directory, a checkpoint or a .safetensors file."),
+        typer.Argument(
+            metavar="RUN_OR_INITIALIZATION",
+            help="A run directory, a checkpoint, a file of weights (.safetensors, .pth) or hub:OWNER/NAME.",
+        ),
     ],
     words: Annotated[
         list[str] | None,

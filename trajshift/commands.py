@@ -37,14 +37,14 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     """Fine-tune tasks from a run, a checkpoint or an initialization file, and print the test metrics."""
     names, overrides = split_words(words)
     path = Path(start)
-    owner = recipe or _owner(path)
+    owner = recipe or (None if start.startswith("hub:") else _owner(path))
     if owner is None:
         raise UsageError(f"{start} lies in no run directory; name the recipe of its model and tasks with --recipe")
     loaded = load(owner, overrides)
     names = names or list(loaded.targets)
     if not names:
         raise UsageError(f"no task was named and {owner} has no targets; name a task of the recipe")
-    source = _initialization_file(path)
+    source = _initialization_file(start)
 
     from trajshift.build import build_tasks, finetune_options
     from trajshift.distributed import World, set_threads
@@ -90,8 +90,13 @@ def _owner(path: Path) -> Path | None:
     return None
 
 
-def _initialization_file(path: Path) -> Path:
-    """The file or checkpoint behind a run directory, a checkpoint folder or a file."""
+def _initialization_file(start: str) -> Path:
+    """The file or checkpoint behind a run directory, a checkpoint folder, a file or weights on the hub."""
+    if start.startswith("hub:"):
+        from trajshift.pretrained import locate
+
+        return locate(start)
+    path = Path(start)
     if path.is_dir() and (path / "manifest.json").is_file():
         return path
     if path.is_dir():

@@ -268,9 +268,10 @@ def load_phi(source: Path) -> Mapping[str, Tensor]:
     """phi from an initialization file or a checkpoint folder."""
     from trajshift.checkpoint import verify
     from trajshift.initialization import Initialization, load_initialization
+    from trajshift.pretrained import load_start
 
     if source.is_file():
-        return load_initialization(source)
+        return load_start(source)
     verify(source)
     shared = load_initialization(source / "shared.safetensors")
     prefix = "phi/"

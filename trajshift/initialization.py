@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajshift.errors import UsageError
 
 METADATA_KEY = "trajshift"
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
 class Initialization(Mapping[str, Tensor]):
@@ -63,6 +64,11 @@ class Initialization(Mapping[str, Tensor]):
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(self.to_bytes())
         return temporary.replace(path)
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor's name is that of BatchNorm statistics, which published weights bring and phi never has."""
+    return name.endswith(_STATISTICS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from trajshift import metagrad as metagrads
 from trajshift.carry import CARRIES, Carry
 from trajshift.errors import UsageError, nearest
+from trajshift.initialization import is_statistic
 from trajshift.inner import Inner
 from trajshift.learner import Blueprint, Factory, as_factory
 from trajshift.outer import OptimizerStep, Outer, PlainStep
 from trajshift.presets import Method, resolve
 from trajshift.task import Task
+from trajshift.trajectories import is_in_head
 
 RENEWABLE = ("heads", "optimizer", "statistics")
 
@@ -116,16 +118,19 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
     """Puts named tensors into phi `[P]`; each shared parameter must be there with its shape.
 
     Raises:
-        UsageError: a shared parameter that is missing or has another shape.
+        UsageError: shared parameters that are missing or have another shape; lists all, and what is not used.
     """
-    for name, view in blueprint.layout.views(phi).items():
-        if name not in initialization:
-            raise UsageError(f"the initialization has no {name!r}{nearest(name, initialization)}")
-        if initialization[name].shape != view.shape:
-            raise UsageError(
-                f"the initialization has {name!r} with shape {tuple(initialization[name].shape)}, "
-                f"the model with {tuple(view.shape)}; use the model it was learned with"
-            )
+    views = blueprint.layout.views(phi)
+    missing = [name for name in views if name not in initialization]
+    unequal = [name for name in views if name in initialization and initialization[name].shape != views[name].shape]
+    if missing or unequal:
+        shapes = [f"{name} {tuple(initialization[name].shape)}, not {tuple(views[name].shape)}" for name in unequal]
+        own = (name for name in initialization if not is_in_head(name, blueprint.heads) and not is_statistic(name))
+        unexpected = [name for name in own if name not in views]
+        kinds = (("missing", missing), ("wrong shape", shapes), ("unexpected", unexpected))
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
+        raise UsageError(f"the initialization does not fit the model ({found}); use the model it was learned with")
+    for name, view in views.items():
         view.copy_(initialization[name])
 
 

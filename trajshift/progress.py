@@ -19,10 +19,11 @@ PLAIN_EVERY = 10.0
 
 
 class Progress:
-    """Counts steps of a run on stderr; silent where `enabled` is False (all ranks but the first)."""
+    """Counts steps, or other units, on stderr; silent where `enabled` is False (all ranks but the first)."""
 
-    def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True) -> None:
+    def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True, unit: str = "step") -> None:
         self.title = title
+        self.unit = unit
         self.total = total
         self.step = start
         self.enabled = enabled
@@ -50,7 +51,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]} steps/s"),
+            TextColumn(f"{{task.fields[rate]}} {self.unit}s/s"),
             TimeRemainingColumn(),
         )
         self._id = self._bar.add_task(self.title, total=self.total, completed=self.step, rate="-")
@@ -105,7 +106,7 @@ class Progress:
         """One plain line: steps, rate, time left, losses."""
         rate = self.rate()
         left = (self.total - self.step) / rate if rate > 0 else float("inf")
-        parts = [f"{self.title}: step {self.step}/{self.total}", f"{rate:.3g} steps/s"]
+        parts = [f"{self.title}: {self.unit} {self.step}/{self.total}", f"{rate:.3g} {self.unit}s/s"]
         if self.step < self.total and left < float("inf"):
             parts.append(f"{duration(left)} left")
         if self._remark:

@@ -133,7 +133,8 @@ class Recipe:
     """Let the ranks sum a meta-gradient while the next inner step runs; phi and theta then move one inner step late."""
 
     initialization: str | None = None
-    """A safetensors file that phi starts from; null draws it from the seed."""
+    """What phi starts from: a run's initialization.safetensors, published weights in a file (safetensors, or a state
+    dict as torchvision's .pth) or on the hub (hub:timm/resnet18.tv_in1k@REVISION); null draws it from the seed."""
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The network."""

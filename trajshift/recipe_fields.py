@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from trajshift.data.registry import find
 from trajshift.errors import UsageError, nearest
 
 FORBID_UNKNOWN = {"extra": "forbid"}
@@ -19,7 +20,7 @@ SGD_OPTIONS: dict[str, dict[str, Any]] = {
     "finetune": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
 }
 """What a section's options are where the recipe leaves them out and its optimizer is SGD."""
-SOURCE_KINDS = ("npz", "digits", "hf")
+SOURCE_KINDS = ("npz", "digits", "hf", "cache", "hub")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -109,7 +110,7 @@ class DataRecipe:
     __pydantic_config__ = FORBID_UNKNOWN
 
     root: str = "."
-    """Folder that relative files of `npz:` and local `hf:` sources are looked up in."""
+    """Folder that caches and relative files of `npz:` and local `hf:` sources are looked up in."""
 
     size: int | None = None
     """Height and width in pixels to which images are resized once; null keeps each source's own size."""
@@ -143,10 +144,13 @@ class TaskRecipe:
     __pydantic_config__ = FORBID_UNKNOWN
 
     source: str = ""
-    """`npz:FILE`, `digits:NAME`, `hf:ID_OR_PATH` or `package.module:function`, called as function(name, **options)."""
+    """`npz:FILE`, `digits:NAME`, `hf:ID_OR_PATH`, a registered data set (`trajshift data list`) as `cache:NAME` (made
+    by `trajshift data prepare`) or `hub:NAME` (decoded when read), or `package.module:function`, called as
+    function(name, **options)."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the source, such as label, train, test and revision for `hf:`."""
+    """Further arguments of the source, such as label, train, test and revision for `hf:` and `hub:`; for `hub:` also
+    from, a local copy of the repository."""
 
     size: int | None = None
     """As data.size."""
@@ -158,7 +162,7 @@ class TaskRecipe:
     """As data.crop_padding."""
 
     flip: bool | None = None
-    """As data.flip."""
+    """As data.flip, but false for registered data sets whose images must not be mirrored (svhn)."""
 
     mean: float | list[float] | None = None
     """As data.mean."""
@@ -184,10 +188,13 @@ class TaskRecipe:
             raise UsageError("a task has no source; give it one, such as source: npz:FILE")
         if not colon or not rest:
             raise UsageError(
-                f"source {self.source!r} has no kind; write npz:FILE, digits:NAME, hf:ID_OR_PATH or module:function"
+                f"source {self.source!r} has no kind; write npz:FILE, digits:NAME, cache:NAME, hub:NAME, hf:ID_OR_PATH"
+                " or module:function"
             )
         if kind not in SOURCE_KINDS and not IMPORT_PATH.fullmatch(self.source):
             raise UsageError(f"source {self.source!r} is of unknown kind{nearest(kind, SOURCE_KINDS)}")
+        if kind in ("cache", "hub"):
+            find(rest)
 
 
 @dataclass(kw_only=True, slots=True)

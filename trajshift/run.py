@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trajshift import checkpoint
-from trajshift.build import build_trainer, unshared
+from trajshift.build import build_trainer, describe_start, unshared
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.loop import Event
@@ -176,6 +176,8 @@ class _Run:
         where = f"from step {self.trainer.step}" if self.trainer.step else f"in {self.directory.path}"
         text = ", ".join(f"{key} {_short(value)}" for key, value in choices.items() if _is_plain(value))
         progress.note(f"{self.directory.path.name} {where}: {text}")
+        if self.trainer.step == 0 and (start := describe_start(self.recipe, self.trainer)):
+            progress.note(start)
         if own := unshared(self.trainer):
             progress.note(f"not shared, because not every task has them with one shape: {', '.join(own)}")
 

@@ -241,7 +241,9 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its files found from any working directory."""
     data = replace(recipe.data, root=str(Path(recipe.data.root).expanduser().resolve()))
-    initialization = recipe.initialization and str(Path(recipe.initialization).expanduser().resolve())
+    initialization = recipe.initialization
+    if initialization is not None and not initialization.startswith("hub:"):
+        initialization = str(Path(initialization).expanduser().resolve())
     return replace(recipe, data=data, initialization=initialization)
 
 

@@ -11,26 +11,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trajshift.data.batches import TaskBatches
+    from trajshift.data.caches import open_cache
     from trajshift.data.digits import digits_targets, digits_task, digits_tasks, load_digits
     from trajshift.data.huggingface import hf_source, load_hf
     from trajshift.data.images import ImageTransform, image_task
+    from trajshift.data.npz import load_npz
+    from trajshift.data.prepare import prepare_cache
+    from trajshift.data.registry import DataSet, registered
     from trajshift.data.sources import (
         ArraySource,
         DatasetSource,
         ImageData,
+        MappedSource,
         Source,
         as_source,
         class_balanced_subset,
-        load_npz,
         subset,
     )
     from trajshift.data.stream import Stream
 
 __all__ = [
     "ArraySource",
+    "DataSet",
     "DatasetSource",
     "ImageData",
     "ImageTransform",
+    "MappedSource",
     "Source",
     "Stream",
     "TaskBatches",
@@ -44,14 +50,21 @@ __all__ = [
     "load_digits",
     "load_hf",
     "load_npz",
+    "open_cache",
+    "prepare_cache",
+    "registered",
     "subset",
 ]
 
 _HOMES = {
     "batches": ("TaskBatches",),
     "digits": ("digits_targets", "digits_task", "digits_tasks", "load_digits"),
+    "caches": ("open_cache",),
     "huggingface": ("hf_source", "load_hf"),
     "images": ("ImageTransform", "image_task"),
+    "npz": ("load_npz",),
+    "prepare": ("prepare_cache",),
+    "registry": ("DataSet", "registered"),
     "stream": ("Stream",),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trajshift.data.hashing import key, permutation
-from trajshift.data.sources import ArraySource, Source, as_source, label_entry, seeded
+from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry, seeded
 from trajshift.errors import UsageError
 from trajshift.task import Batch, Task, move
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trajshift.data.stream import Stream
 
 DEVICE_BYTES = 2 * 2**30
-"""Sources in memory up to this size (bytes) are copied to the device, larger ones stay where they are."""
+"""Sources in memory and caches up to this size (bytes) are copied to the device, larger ones stay where they are."""
 
 
 class Request(NamedTuple):
@@ -73,13 +73,14 @@ class RawBatches:
         source = self._sources[side]
         if side not in self._placed:
             self._placed.add(side)
-            if isinstance(source, ArraySource) and source.bytes <= DEVICE_BYTES:
+            if self._fits(source):
                 self._sources[side] = source.to(self._device)
         return self._sources[side]
 
     def streams(self, split: str) -> bool:
         """Whether the split exists and is made example by example, hence worth fetching ahead."""
-        return not isinstance(self._sources.get(_side(split)), (ArraySource, NoneType))
+        source = self._sources.get(_side(split))
+        return not (isinstance(source, (ArraySource, NoneType)) or self._fits(source))
 
     def size(self, split: str) -> int:
         """The number of examples of a split."""
@@ -110,7 +111,7 @@ class RawBatches:
         """
         source = self.source(request.split)
         indices = self.indices(request.step, request.split, request.size)
-        if isinstance(source, ArraySource):
+        if isinstance(source, (ArraySource, MappedSource)):
             return source.fetch(indices)
         with seeded(key(self.seed, self.name, "fetch", request.split, request.step)):
             batch = source.fetch(indices)
@@ -121,7 +122,15 @@ class RawBatches:
         source = as_source(data, what=f"the {what} set of task {self.name!r}")
         if isinstance(source, ArraySource):
             self._check_labels(source.tree)
+        if isinstance(source, MappedSource):
+            self._check_labels((source, source.labels))
         return source
+
+    def _fits(self, source: Source) -> bool:
+        """Whether a source is copied to the device whole: small ones in memory, and on accelerators small caches."""
+        if isinstance(source, MappedSource) and self._device.type == "cpu":
+            return False
+        return isinstance(source, (ArraySource, MappedSource)) and source.bytes <= DEVICE_BYTES
 
     def _check_labels(self, batch: Batch) -> None:
         labels = label_entry(batch)

@@ -6,7 +6,10 @@ image is decoded whenever it is fetched, best by the workers of a `Stream`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,27 @@ def load_hf(
         UsageError: `datasets` or Pillow is not installed, the data set, split or column is not found, labels are
             missing or out of range, images differ in size with no `size` given.
     """
+    opened = open_images(
+        path_or_id, train=train, test=test, image=image, label=label, size=size, channels=channels, subset=subset,
+        revision=revision,
+    )  # fmt: skip
+    return image_data(opened, memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedImages:
+    """The splits of a data set, opened and checked; no image but the first is decoded yet."""
+
+    splits: dict[str, DecodedImages]
+    """`train` and, where the data set has such a split, `test`."""
+    class_names: tuple[str, ...]
+
+
+def open_images(
+    path_or_id: str | Path, *, train: str, test: str | None, image: str | None, label: str | None, size: int | None,
+    channels: int | None, subset: str | None, revision: str | None,
+) -> OpenedImages:  # fmt: skip
+    """What `load_hf` loads, with its arguments and errors, before it is put into sources."""
     splits = _open(path_or_id, subset, revision)
     if test == "auto":
         test = next((name for name in _TEST_SPLITS if name in splits and name != train), None)
@@ -67,15 +91,22 @@ def load_hf(
     label = _label_column(path_or_id, training, label)
     class_names, number = _classes(f"{path_or_id}, split {train!r}", training, label)
 
-    def source(name: str, channels: int | None) -> Source:
+    def images(name: str, channels: int | None) -> DecodedImages:
         what, split = f"{path_or_id}, split {name!r}", _split(path_or_id, splits, name)
         labels = _numbers(what, split, label, number, len(class_names))
-        return _source(_Images(what, split, image, labels, size, channels), memory_bytes)
+        return DecodedImages(what, split, image, labels, size, channels)
 
-    first = source(train, channels)
-    channels = first.fetch(torch.tensor([0]))[0].shape[1]
-    rest = None if test is None else source(test, channels)
-    return ImageData(train=first, test=rest, outputs=len(class_names), class_names=class_names)
+    opened = {"train": images(train, channels)}
+    if test is not None:
+        opened["test"] = images(test, opened["train"].shape[0])
+    return OpenedImages(opened, class_names)
+
+
+def image_data(opened: OpenedImages, memory_bytes: int = MEMORY_BYTES) -> ImageData:
+    """Sources of opened images: in memory up to `memory_bytes` a split, else decoded when fetched."""
+    sources = {split: _source(images, memory_bytes) for split, images in opened.splits.items()}
+    names = opened.class_names
+    return ImageData(train=sources["train"], test=sources.get("test"), outputs=len(names), class_names=names)
 
 
 def hf_source(path_or_id: str | Path, split: str = "train", **options: Any) -> Source:
@@ -83,37 +114,58 @@ def hf_source(path_or_id: str | Path, split: str = "train", **options: Any) -> S
     return load_hf(path_or_id, train=split, test=None, **options).train
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Images of one split, decoded and brought to one shape when indexed."""
+class DecodedImages(Dataset[tuple[Tensor, int]]):
+    """Images of one split, decoded and brought to one shape when indexed, each with its class number."""
 
     def __init__(
         self, what: str, split: Any, column: str, targets: Tensor, size: int | None, channels: int | None
     ) -> None:
-        self.targets = targets
-        self._what, self._column, self._size, self._channels = what, column, size, channels
+        if column not in split.column_names:
+            raise UsageError(f"{what}: there is no column {column!r}{nearest(column, split.column_names)}")
+        self.what, self.targets = what, targets
+        self.numbers = torch.arange(len(targets))
+        self._column, self._size, self._channels = column, size, channels
         self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
         self.shape = self._decode(0).shape
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        number = int(self.numbers[place])
         image = self._decode(number)
         if image.shape != self.shape:
             raise UsageError(
-                f"{self._what}: image {number} has shape {list(image.shape)} but the first {list(self.shape)};"
+                f"{self.what}: image {number} has shape {list(image.shape)} but the first {list(self.shape)};"
                 " set size to resize all, and channels if some are grey"
             )
-        return image, int(self.targets[number])
+        return image, int(self.targets[place])
+
+    def select(self, places: Tensor, targets: Tensor) -> DecodedImages:
+        """The images at `places` (int64 `[n]`) alone, with these class numbers."""
+        chosen = copy(self)
+        chosen.numbers, chosen.targets = self.numbers[places], targets
+        return chosen
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the repository on the hub that the images are from; None for local files."""
+        found = re.search(r"@([0-9a-f]{40})/", " ".join(self._images.info.download_checksums or ()))
+        return found and found[1]
 
     def _decode(self, number: int) -> Tensor:
-        decoded = self._images[number][self._column]
+        try:
+            decoded = self._images[number][self._column]
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for bytes that are no image
+            known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
+            reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
+            raise UsageError(f"{self.what}: image {number} is broken ({reason}); mend or drop the row") from error
         if decoded is None:
-            raise UsageError(f"{self._what}: image {number} is missing; drop the row")
+            raise UsageError(f"{self.what}: image {number} is missing; drop the row")
         return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
 
 
-def _source(images: _Images, memory_bytes: int) -> Source:
+def _source(images: DecodedImages, memory_bytes: int) -> Source:
     if len(images) * images.shape.numel() > memory_bytes:
         return DatasetSource(images)
     pixels = torch.empty((len(images), *images.shape), dtype=torch.uint8)
@@ -151,7 +203,8 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{name}: not to be opened as a data set ({reason})") from error
+        remedy = "check the files" if files or path.exists() else "check id and connection, or give a local copy"
+        raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
 
 

@@ -1,4 +1,4 @@
-"""Where examples come from: arrays in memory, map-style data sets and `.npz` files of images.
+"""Where examples come from: arrays in memory, map-style data sets, files that are mapped into memory.
 
 A source has a length and answers `fetch(indices)` with a batch. That is all the rest of the library asks, and
 it is what exact resume and replay rest on: any batch of any step can be had again.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from trajshift.data.hashing import permutation, seed_generators
-from trajshift.data.preparation import image_tensor, prepare_images
+from trajshift.data.preparation import image_tensor
 from trajshift.errors import UsageError
 
 if TYPE_CHECKING:
@@ -125,6 +123,47 @@ class DatasetSource:
         return self
 
 
+class MappedSource:
+    """Images of a cache: batches are `(x uint8 [B, C, H, W], y int64 [B])`, read from the file when fetched.
+
+    Args:
+        path: an `.npy` file of uint8 `[N, C, H, W]`.
+        labels: int64 `[n]`, the class number of each example.
+        rows: int64 `[n]`, the examples' places in the file; None takes all in order.
+    """
+
+    def __init__(self, path: Path, labels: Tensor, rows: Tensor | None = None) -> None:
+        self.path, self.labels, self.rows = path, labels, rows
+        self._pixels = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the file too; the pixels do not travel.
+        return MappedSource, (self.path, self.labels, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bytes(self) -> int:
+        """What the examples would take in memory."""
+        return len(self) * int(np.prod(self._pixels.shape[1:]))
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """A copy of the examples `indices`, on the CPU."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return torch.from_numpy(self._pixels[rows.numpy()]), self.labels[indices]
+
+    def select(self, indices: Tensor) -> MappedSource:
+        """The examples `indices` (int64 `[n]`) alone, in the same file."""
+        return MappedSource(self.path, self.labels[indices], indices if self.rows is None else self.rows[indices])
+
+    def to(self, device: torch.device | str) -> MappedSource | ArraySource:
+        """The examples in the memory of an accelerator; on the CPU itself."""
+        if torch.device(device).type == "cpu":
+            return self
+        return ArraySource(self.fetch(torch.arange(len(self)))).to(device)
+
+
 class SubsetSource:
     """The examples `indices` of another source that is not held in memory."""
 
@@ -190,6 +229,8 @@ def subset(source: Source, indices: Tensor) -> Source:
     """The examples `indices` (int64 `[n]`) of `source`; of an `ArraySource` a copy, of others a view."""
     if isinstance(source, ArraySource):
         return ArraySource(source.fetch(indices))
+    if isinstance(source, MappedSource):
+        return source.select(indices)
     return SubsetSource(source, indices)
 
 
@@ -228,6 +269,8 @@ def labels_of(source: Source) -> Tensor | None:
         return None if labels is None else labels[source.indices]
     if isinstance(source, ArraySource):
         return _integer_labels(label_entry(source.tree))
+    if isinstance(source, MappedSource):
+        return source.labels
     if isinstance(source, DatasetSource):
         column = _label_column(source.dataset)
         if column is not None:
@@ -296,87 +339,3 @@ class ImageData:
     """The number of classes."""
     class_names: tuple[str, ...]
     """The name of each class, or its number as a string where the data set names none."""
-
-
-def load_npz(path: str | Path, *, size: int | None = None, channels: int | None = None) -> ImageData:
-    """Images from an `.npz` file, held in memory as uint8.
-
-    The file has `x_train` uint8 `[N, H, W, C]` or `[N, H, W]`, `y_train` integer `[N]`, `x_test`, `y_test`
-    likewise and, if it likes, `class_names` (one string per class). Nothing is unpickled. `size` and `channels`
-    are those of `prepare_images`.
-
-    Raises:
-        UsageError: a file that is missing or not of this form; says which array and why.
-    """
-    arrays = _read_npz(Path(path))
-    names = arrays.get("class_names")
-    train_labels = _checked_labels(path, "y_train", arrays)
-    outputs = int(train_labels.max()) + 1 if names is None else len(names)
-    sources = {}
-    for split in ("train", "test"):
-        x, y = _checked_images(path, f"x_{split}", arrays), _checked_labels(path, f"y_{split}", arrays)
-        if len(x) != len(y):
-            raise UsageError(f"{path}: x_{split} has {len(x)} images but y_{split} {len(y)} labels; give one each")
-        if not 0 <= int(y.min()) <= int(y.max()) < outputs:
-            known = "y_train" if names is None else "class_names"
-            raise UsageError(
-                f"{path}: labels in y_{split} run from {y.min()} to {y.max()}, but {known} has {outputs} classes;"
-                f" use 0 to {outputs - 1}"
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-        images = prepare_images(pixels, size=size, channels=channels)
-        sources[split] = ArraySource((images, torch.from_numpy(y)))
-    class_names = tuple(map(str, range(outputs) if names is None else names))
-    return ImageData(train=sources["train"], test=sources["test"], outputs=outputs, class_names=class_names)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    wanted = ("x_train", "y_train", "x_test", "y_test")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; give the path of an .npz file")
-    try:
-        # Opened here, for numpy leaves a file that is no archive open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [name for name in wanted if name not in archive]
-            if missing:
-                raise UsageError(
-                    f"{path}: array {missing[0]!r} is missing; the file has {', '.join(archive) or 'none'}"
-                    f" and needs {', '.join(wanted)}"
-                )
-            return {name: archive[name] for name in (*wanted, "class_names") if name in archive}
-    except UsageError:
-        raise
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: not a readable .npz file of plain arrays ({reason}); write it anew") from error
-
-
-def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    images = arrays[name]
-    if images.dtype != np.uint8:
-        raise UsageError(f"{path}: {name} has dtype {images.dtype}; use uint8, 0 to 255")
-    if images.ndim not in (3, 4) or 0 in images.shape[1:]:
-        raise UsageError(f"{path}: {name} has shape {list(images.shape)}; use [N, H, W, C] or [N, H, W]")
-    if len(images) == 0:
-        raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
-    return images if images.ndim == 4 else images[..., None]
-
-
-def _checked_labels(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    labels = arrays[name]
-    if labels.dtype.kind not in "iu":
-        raise UsageError(f"{path}: {name} has dtype {labels.dtype}; use int64 class numbers")
-    if labels.ndim != 1:
-        raise UsageError(f"{path}: {name} has shape {list(labels.shape)}; use one class number per image")
-    if len(labels) == 0:
-        raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
-    return labels.astype(np.int64)

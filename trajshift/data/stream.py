@@ -7,11 +7,13 @@ replay, resume and sampled tasks change the speed and never a bit.
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -67,6 +69,7 @@ class Stream:
         self._fetched: Iterator[Any] | None = None
         self._loader: DataLoader[Any] | None = None
         if workers and any(raw.streams(split) for raw in self._raw.values() for split in ("train", "test")):
+            _open.add(self)
             self._loader = DataLoader(
                 _Requests(self._raw),
                 batch_size=None,
@@ -134,6 +137,17 @@ class Stream:
             cycle, lane = divmod(place, len(lanes))
             name, split = lanes[lane]
             yield Request(name, split, request.step + cycle, self._sizes[name])
+
+
+_open: WeakSet[Stream] = WeakSet()
+
+
+# Runs before torch's handler, which was registered earlier and after which no worker is ended any more. The workers
+# ignore SIGTERM: a process that left a stream open would wait for them forever.
+@atexit.register
+def _close_all() -> None:
+    for stream in list(_open):
+        stream.close()
 
 
 def _unchanged(batch: Batch) -> Batch:

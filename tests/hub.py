@@ -1,0 +1,43 @@
+"""Local copies of hub repositories as they are downloaded: parquet files with the registered splits and columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trajshift.data.registry import DataSet
+
+
+def pictures(n: int, shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8))
+
+
+def table(images: list[Any], labels: list[int], entry: DataSet, classes: int) -> Any:
+    import datasets
+    from PIL import Image
+
+    encoded = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+    names = [f"c{number}" for number in range(classes)]
+    features = {entry.image: datasets.Image(), entry.label: datasets.ClassLabel(names=names)}
+    return datasets.Dataset.from_dict({entry.image: encoded, entry.label: labels}, features=datasets.Features(features))
+
+
+def repository(
+    folder: Path, entry: DataSet, train: list[Any], test: list[Any], classes: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Writes the files of both splits below `folder`; image i has label i modulo the classes, which are returned."""
+    count = classes or entry.classes
+    labels = []
+    for split, images in ((entry.train, train), (entry.test, test)):
+        labels.append([number % count for number in range(len(images))])
+        place = folder / (entry.subset or "data")
+        table(images, labels[-1], entry, count).to_parquet(str(place / f"{split}-00000-of-00001.parquet"))
+    if entry.subset is not None:
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {entry.subset}\n  data_files:\n"
+            + "".join(f"  - split: {s}\n    path: {entry.subset}/{s}-*\n" for s in (entry.train, entry.test))
+            + "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
+        )
+    return labels[0], labels[1]

@@ -1,0 +1,99 @@
+"""Images in `.npz` files."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trajshift.data.preparation import prepare_images
+from trajshift.data.sources import ArraySource, ImageData
+from trajshift.errors import UsageError
+
+
+def load_npz(path: str | Path, *, size: int | None = None, channels: int | None = None) -> ImageData:
+    """Images from an `.npz` file, held in memory as uint8.
+
+    The file has `x_train` uint8 `[N, H, W, C]` or `[N, H, W]`, `y_train` integer `[N]`, `x_test`, `y_test`
+    likewise and, if it likes, `class_names` (one string per class). Nothing is unpickled. `size` and `channels`
+    are those of `prepare_images`.
+
+    Raises:
+        UsageError: a file that is missing or not of this form; says which array and why.
+    """
+    arrays = _read_npz(Path(path))
+    names = arrays.get("class_names")
+    train_labels = _checked_labels(path, "y_train", arrays)
+    outputs = int(train_labels.max()) + 1 if names is None else len(names)
+    sources = {}
+    for split in ("train", "test"):
+        x, y = _checked_images(path, f"x_{split}", arrays), _checked_labels(path, f"y_{split}", arrays)
+        if len(x) != len(y):
+            raise UsageError(f"{path}: x_{split} has {len(x)} images but y_{split} {len(y)} labels; give one each")
+        if not 0 <= int(y.min()) <= int(y.max()) < outputs:
+            known = "y_train" if names is None else "class_names"
+            raise UsageError(
+                f"{path}: labels in y_{split} run from {y.min()} to {y.max()}, but {known} has {outputs} classes;"
+                f" use 0 to {outputs - 1}"
+            )
+        pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        images = prepare_images(pixels, size=size, channels=channels)
+        sources[split] = ArraySource((images, torch.from_numpy(y)))
+    class_names = tuple(map(str, range(outputs) if names is None else names))
+    return ImageData(train=sources["train"], test=sources["test"], outputs=outputs, class_names=class_names)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of an .npz file")
+    try:
+        # Opened here, for numpy leaves a file that is no archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            missing = [name for name in wanted if name not in archive]
+            if missing:
+                raise UsageError(
+                    f"{path}: array {missing[0]!r} is missing; the file has {', '.join(archive) or 'none'}"
+                    f" and needs {', '.join(wanted)}"
+                )
+            return {name: archive[name] for name in (*wanted, "class_names") if name in archive}
+    except UsageError:
+        raise
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: not a readable .npz file of plain arrays ({reason}); write it anew") from error
+
+
+def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    images = arrays[name]
+    if images.dtype != np.uint8:
+        raise UsageError(f"{path}: {name} has dtype {images.dtype}; use uint8, 0 to 255")
+    if images.ndim not in (3, 4) or 0 in images.shape[1:]:
+        raise UsageError(f"{path}: {name} has shape {list(images.shape)}; use [N, H, W, C] or [N, H, W]")
+    if len(images) == 0:
+        raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
+    return images if images.ndim == 4 else images[..., None]
+
+
+def _checked_labels(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    labels = arrays[name]
+    if labels.dtype.kind not in "iu":
+        raise UsageError(f"{path}: {name} has dtype {labels.dtype}; use int64 class numbers")
+    if labels.ndim != 1:
+        raise UsageError(f"{path}: {name} has shape {list(labels.shape)}; use one class number per image")
+    if len(labels) == 0:
+        raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
+    return labels.astype(np.int64)
