@@ -20,8 +20,9 @@ import toys
 from trajshift import Inner, MetaTrainer, UsageError, checkpoint
 from trajshift.experiments.approximation import shifts
 from trajshift.experiments.approximation.experiment import SETTINGS, UNITS, run_experiment
-from trajshift.experiments.approximation.measure import Prescribed, _norm_of_hessian
+from trajshift.experiments.approximation.measure import Laboratory, Prescribed, _norm_of_hessian
 from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks
+from trajshift.experiments.approximation.presentation import _kinks, _slope_table
 from trajshift.experiments.approximation.quadratic import _errors, check
 from trajshift.experiments.approximation.summary import CORRECTED, comparisons, measured, slopes
 from trajshift.gauge import Gauge
@@ -286,6 +287,32 @@ def test_shifts_are_compared_draw_by_draw() -> None:
         assert one.p < 1e-6
 
 
+def test_whether_kinks_add_error_follows_from_the_intervals() -> None:
+    """A factor of 3 under SGD, of 1/3 under momentum, and one that draws disagree on under Adam."""
+    plan = Plan(draws=4)
+    logs = {"SGD": 1.0, "SGD with momentum": -1.0, "Adam": 0.0}
+
+    def law(setting: Setting, draw: int, k: int) -> float:
+        return math.exp((logs[setting.optimizer] + 0.1 * (-1) ** draw) * (setting.network == "kinked"))
+
+    units = made_up(plan, ["kinked", "smooth"], law)
+    table = [measured(units, setting, plan) for setting in plan.settings(["kinked", "smooth"])]
+    said = _kinks(table, ["kinked", "smooth"], plan)
+    assert "as the paper says, under SGD 2.72" in said
+    assert "kinks lower the error, against the paper, under SGD with momentum 0.37" in said
+    assert "undecided under Adam 1.00" in said
+    single = [replace(one, error=one.error[:1]) for one in table]
+    assert "add error" not in _kinks(single, ["kinked", "smooth"], plan)
+
+
+def test_the_caption_of_slopes_says_which_k_were_fitted() -> None:
+    plan = Plan(draws=2)
+    found = slopes(made_up(plan, ["net"], lambda setting, draw, k: k**2.0), plan, ["net"])
+    middle = next(s for s in found if s.variable == "k, middle alpha")
+    assert middle.points == tuple(k for k in plan.ks if k >= 10)
+    assert "at the middle alpha over all k from 10 on" in _slope_table(found).caption
+
+
 # -- the command -----------------------------------------------------------------------------------------------
 
 
@@ -307,6 +334,8 @@ def test_figures_page_and_findings_are_written(finished: Path) -> None:
     assert results["plan"] == json.loads(json.dumps(asdict(TINY)))
     assert max(results["quadratics"].values()) < 1e-10
     findings = (finished / "findings.md").read_text()
+    assert findings.count("along the same shifts of phi (momentum, beta 0.03)") == 2
+    assert "Algorithm 2 with beta 0.03 (SGD with momentum, alpha 0.01)" in findings
     slope = next(s for s in results["slopes"] if s["variable"] == "beta" and s["shifts"] == "prescribed")
     assert f"beta^{slope['measured']['mean']:.2f}" in findings
     assert "0 of 56 trajectories overflowed." in findings
@@ -323,7 +352,15 @@ def test_it_goes_on_where_it_was_cut_and_says_the_same(finished: Path, tmp_path:
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_errors_at_k_1_are_zero_and_grow(finished: Path) -> None:
+def test_the_error_at_k_1_is_zero() -> None:
+    plan = replace(TINY, ks=(1, 2))
+    laboratory = Laboratory(chosen_recipe(None, []), plan)
+    setting = next(s for s in plan.settings(list(laboratory.networks)) if s.shifts == "prescribed")
+    errors = {r["k"]: r["error"] for r in laboratory.measure(setting, 0)["readings"] if r["task"] == "mirrored"}
+    assert errors[1] == 0.0 < errors[2]
+
+
+def test_errors_grow_with_k(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / UNITS).read_text().splitlines()]
     for row in rows:
         errors = {r["k"]: r["error"] for r in row["readings"] if r["task"] == "mirrored"}
