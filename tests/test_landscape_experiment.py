@@ -70,6 +70,8 @@ def test_findings_hold_the_numbers_of_the_run(out: Path) -> None:
     for k in (5, 20):
         found = numbers["optima"][f"k = {k}"]
         assert f"{found['points']} points in {found['clusters']} clusters at k = {k}" in text
+    assert "Published set, from a 9 x 9 grid: " in text
+    assert "Random sets, each from a 7 x 7 grid: " in text
     quality = numbers["quality at equal meta-updates"]["mean"]["reptile"]
     assert f"| reptile | 40 | 800 | {np.mean(list(quality.values())):.3f} ± " in text
 
