@@ -29,7 +29,7 @@ from trajshift.experiments.tables import LEVEL, Table, show
 from trajshift.figures import save
 from trajshift.page import Page
 from trajshift.recipe import Recipe
-from trajshift.rundir import environment
+from trajshift.rundir import environment, replace_file
 from trajshift.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks:
     about = _about(units, plan, recipe, networks)
     findings = _findings(table, fitted, compared, checks, plan)
     tables = {"slopes": _slope_table(fitted), "shifts": _shift_table(compared, plan)}
-    (out / "findings.md").write_text(_markdown(about, findings, tables), encoding="utf-8")
+    replace_file(out / "findings.md", _markdown(about, findings, tables))
     results = {
         "environment": environment(),
         "measured_at": sorted({str(unit["commit"]) for unit in units.values()}),
@@ -62,9 +62,9 @@ def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks:
         "shifts": [asdict(one) for one in compared],
         "quadratics": {f"momentum {one.momentum:g}": one.deviation for one in checks},
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace_file(out / "results.json", json.dumps(results, indent=1) + "\n")
     page = out / "index.html"
-    page.write_text(_page(about, findings, tables, figures).html(), encoding="utf-8")
+    replace_file(page, _page(about, findings, tables, figures).html())
     return page
 
 
