@@ -18,10 +18,11 @@ import torch
 import toys
 
 from trajshift import Inner, MetaTrainer, UsageError, checkpoint
-from trajshift.experiments.approximation import shifts
+from trajshift.experiments.approximation import experiment, shifts
 from trajshift.experiments.approximation.experiment import SETTINGS, UNITS, run_experiment
-from trajshift.experiments.approximation.measure import Prescribed, _norm_of_hessian
+from trajshift.experiments.approximation.measure import Laboratory, Prescribed, _norm_of_hessian
 from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks
+from trajshift.experiments.approximation.presentation import _kinks, _slope_table
 from trajshift.experiments.approximation.quadratic import _errors, check
 from trajshift.experiments.approximation.summary import CORRECTED, comparisons, measured, slopes
 from trajshift.gauge import Gauge
@@ -286,6 +287,32 @@ def test_shifts_are_compared_draw_by_draw() -> None:
         assert one.p < 1e-6
 
 
+def test_whether_kinks_add_error_follows_from_the_intervals() -> None:
+    """A factor of 3 under SGD, of 1/3 under momentum, and one that draws disagree on under Adam."""
+    plan = Plan(draws=4)
+    logs = {"SGD": 1.0, "SGD with momentum": -1.0, "Adam": 0.0}
+
+    def law(setting: Setting, draw: int, k: int) -> float:
+        return math.exp((logs[setting.optimizer] + 0.1 * (-1) ** draw) * (setting.network == "kinked"))
+
+    units = made_up(plan, ["kinked", "smooth"], law)
+    table = [measured(units, setting, plan) for setting in plan.settings(["kinked", "smooth"])]
+    said = _kinks(table, ["kinked", "smooth"], plan)
+    assert "as the paper says, under SGD 2.72" in said
+    assert "kinks lower the error, against the paper, under SGD with momentum 0.37" in said
+    assert "undecided under Adam 1.00" in said
+    single = [replace(one, error=one.error[:1]) for one in table]
+    assert "add error" not in _kinks(single, ["kinked", "smooth"], plan)
+
+
+def test_the_caption_of_slopes_says_which_k_were_fitted() -> None:
+    plan = Plan(draws=2)
+    found = slopes(made_up(plan, ["net"], lambda setting, draw, k: k**2.0), plan, ["net"])
+    middle = next(s for s in found if s.variable == "k, middle alpha")
+    assert middle.points == tuple(k for k in plan.ks if k >= 10)
+    assert "at the middle alpha over all k from 10 on" in _slope_table(found).caption
+
+
 # -- the command -----------------------------------------------------------------------------------------------
 
 
@@ -307,23 +334,37 @@ def test_figures_page_and_findings_are_written(finished: Path) -> None:
     assert results["plan"] == json.loads(json.dumps(asdict(TINY)))
     assert max(results["quadratics"].values()) < 1e-10
     findings = (finished / "findings.md").read_text()
+    assert findings.count("along the same shifts of phi (momentum, beta 0.03)") == 2
+    assert "Algorithm 2 with beta 0.03 (SGD with momentum, alpha 0.01)" in findings
     slope = next(s for s in results["slopes"] if s["variable"] == "beta" and s["shifts"] == "prescribed")
     assert f"beta^{slope['measured']['mean']:.2f}" in findings
     assert "0 of 56 trajectories overflowed." in findings
     assert f"relative {max(results['quadratics'].values()):.1e}" in findings
 
 
-def test_it_goes_on_where_it_was_cut_and_says_the_same(finished: Path, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was_cut_and_says_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = (finished / UNITS).read_text().splitlines()
+    damaged = [whole[0][:-9], "[1, 2]", '{"draw": 1}']
     (tmp_path / SETTINGS).write_text((finished / SETTINGS).read_text())
-    (tmp_path / UNITS).write_text("\n".join(whole[:-3]) + "\n" + whole[-3][:40])
+    (tmp_path / UNITS).write_text("\n".join([*damaged, *whole[3:-3]]) + "\n" + whole[-3][:40])
     run_experiment(tmp_path, plan=TINY)
-    assert sorted((tmp_path / UNITS).read_text().splitlines()) == sorted(whole)
+    assert sorted((tmp_path / UNITS).read_text().splitlines()) == sorted(damaged + whole)
+    assert f"note: {tmp_path / UNITS} is damaged in line 1, 2, 3; measured again" in capsys.readouterr().out
     for name in ("findings.md", "error.svg", "shifts.svg", "index.html"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_errors_at_k_1_are_zero_and_grow(finished: Path) -> None:
+def test_the_error_at_k_1_is_zero() -> None:
+    plan = replace(TINY, ks=(1, 2))
+    laboratory = Laboratory(chosen_recipe(None, []), plan)
+    setting = next(s for s in plan.settings(list(laboratory.networks)) if s.shifts == "prescribed")
+    errors = {r["k"]: r["error"] for r in laboratory.measure(setting, 0)["readings"] if r["task"] == "mirrored"}
+    assert errors[1] == 0.0 < errors[2]
+
+
+def test_errors_grow_with_k(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / UNITS).read_text().splitlines()]
     for row in rows:
         errors = {r["k"]: r["error"] for r in row["readings"] if r["task"] == "mirrored"}
@@ -335,10 +376,51 @@ def test_a_folder_of_other_settings_is_refused(finished: Path) -> None:
         run_experiment(finished, plan=replace(TINY, draws=3))
 
 
+def test_settings_hold_what_was_used(finished: Path) -> None:
+    recipe = json.loads((finished / SETTINGS).read_text())["recipe"]
+    assert list(recipe) == ["tasks", "train_on", "data", "model", "head", "shared", "batch_size"]
+    assert list(recipe["tasks"]) == ["mirrored", "few-classes"]
+
+
+def test_settings_that_cannot_be_read_are_named(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / UNITS).write_text((finished / UNITS).read_text())
+    for text in (None, (finished / SETTINGS).read_text()[:40]):
+        if text is not None:
+            (tmp_path / SETTINGS).write_text(text)
+        with pytest.raises(UsageError, match=r"settings\.json cannot be read .*; put it back, or name another folder"):
+            run_experiment(tmp_path, plan=TINY)
+
+
+def test_settings_of_a_command_that_measured_nothing_do_not_bind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise UsageError("at the model")
+
+    monkeypatch.setattr(experiment, "_measure", refuse)
+    for width in (-1, 8):
+        with pytest.raises(UsageError, match="at the model"):
+            run_experiment(tmp_path, overrides=[f"model.options.width={width}"], plan=TINY)
+    assert json.loads((tmp_path / SETTINGS).read_text())["recipe"]["model"]["options"]["width"] == 8
+
+
+def test_where_nothing_can_be_written_is_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot write to /proc/x: .*; choose another --out"):
+        run_experiment(Path("/proc/x"), plan=TINY)
+    for name in (SETTINGS, UNITS):
+        (tmp_path / name).write_text((finished / name).read_text())
+    (tmp_path / "findings.md").mkdir()
+    with pytest.raises(UsageError, match=r"Is a directory.*; choose another --out"):
+        run_experiment(tmp_path, plan=TINY)
+
+
 def test_other_models_are_measured_as_they_are() -> None:
     assert list(networks(chosen_recipe(None, ["model.name=resnet20", "model.options={}"]))) == ["resnet20"]
     with pytest.raises(UsageError, match=r"model\.options\.pool is set, but both networks are measured; drop it"):
         networks(chosen_recipe("digits", ["model.options.pool=avg"]))
+
+
+UNUSED = "this experiment does not use it, only tasks, train_on, data, model, head, shared, batch_size; drop it"
 
 
 @pytest.mark.parametrize(
@@ -346,6 +428,12 @@ def test_other_models_are_measured_as_they_are() -> None:
     [
         (["digit"], "no recipe 'digit': neither a file nor built in; did you mean 'digits'?"),
         (["digits", "small-images"], "two recipes are named, 'digits' and 'small-images'; name one"),
+        (["device=cuda"], f"device is set, but {UNUSED}"),
+        (["digits", "batch_size=8", "inner.lr=77", "horizon=3"], f"inner.lr is set, but {UNUSED}"),
+        (
+            ["tasks.parity.flip=true"],
+            "tasks.parity.flip is set, but train_on leaves 'parity' out; add it, or drop the field",
+        ),
         (["model.option.width=3"], "digits.yaml: unknown field 'option' in model; did you mean 'options'?"),
     ],
 )

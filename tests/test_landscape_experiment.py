@@ -70,6 +70,8 @@ def test_findings_hold_the_numbers_of_the_run(out: Path) -> None:
     for k in (5, 20):
         found = numbers["optima"][f"k = {k}"]
         assert f"{found['points']} points in {found['clusters']} clusters at k = {k}" in text
+    assert "Published set, from a 9 x 9 grid: " in text
+    assert "Random sets, each from a 7 x 7 grid: " in text
     quality = numbers["quality at equal meta-updates"]["mean"]["reptile"]
     assert f"| reptile | 40 | 800 | {np.mean(list(quality.values())):.3f} ± " in text
 
@@ -151,3 +153,20 @@ def test_a_study_cut_off_at_any_row_ends_with_the_same_file(tmp_path: Path) -> N
         assert (cut / "study.md").read_text() == report
     with pytest.raises(UsageError, match="is of a study with other settings; delete it, or name another folder"):
         run_study(whole, study=replace(STUDY, long=3))
+    check_damage(whole, rows, report)
+
+
+def check_damage(whole: Path, rows: list[bytes], report: str) -> None:
+    """A damaged row is measured again, but without the settings nothing can be trusted."""
+    (whole / FILE).write_bytes(b"".join([rows[0], rows[1][:-9] + b"\n", b"7\n", *rows[3:]]))
+    run_study(whole, study=STUDY)
+    assert (whole / FILE).read_bytes().endswith(b"".join([*rows[3:], *rows[1:3]]))
+    assert (whole / "study.md").read_text() == report
+    (whole / FILE).write_bytes(b"{}\n" + b"".join(rows[1:]))
+    with pytest.raises(UsageError, match="has no readable row of settings; delete it, or name another folder"):
+        run_study(whole, study=STUDY)
+
+
+def test_where_nothing_can_be_written_is_named() -> None:
+    with pytest.raises(UsageError, match=r"cannot write to /proc/x: .*; choose another --out"):
+        run_experiment(Path("/proc/x"), settings=SMALL)

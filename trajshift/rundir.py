@@ -284,7 +284,8 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
                 f"no space left on the disk of {path}; free some and continue with: "
                 f"{again or f'trajshift train --resume {path}'}"
             ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
+        if code in refused:
             raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise
 

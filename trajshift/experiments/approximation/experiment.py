@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from trajshift.commands import need_report_extra
 from trajshift.errors import UsageError
-from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks
+from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks, used_fields
 from trajshift.experiments.perform import Jobs, perform
+from trajshift.experiments.saved import saved_rows
 from trajshift.pool import cores
 from trajshift.progress import Progress
-from trajshift.recipe import Recipe, flatten, validate
-from trajshift.rows import append_row, read_jsonl
-from trajshift.rundir import disk_errors, environment
+from trajshift.recipe import Recipe, validate
+from trajshift.rows import append_row
+from trajshift.rundir import disk_errors, environment, replace_file
 from trajshift.tables import console
 
 if TYPE_CHECKING:
@@ -40,12 +41,11 @@ def run_experiment(
     names = list(networks(loaded))
     with disk_errors(out, option="--out", again="the same command"):
         out.mkdir(parents=True, exist_ok=True)
-        _claim(out, loaded, plan)
+        units = saved_rows(out / UNITS)
+        _claim(out, loaded, plan, begun=bool(units))
         work = [(setting, draw) for draw in range(plan.draws) for setting in plan.settings(names)]
-        units = {row["key"]: row for row in read_jsonl(out / UNITS)}
         missing = [(setting, draw) for setting, draw in work if key_of(setting, draw) not in units]
-        _measure(out, loaded, plan, missing, len(work))
-        units = {row["key"]: row for row in read_jsonl(out / UNITS)}
+        units |= _measure(out, loaded, plan, missing, len(work))
 
         from trajshift.experiments.approximation.presentation import write_results
 
@@ -53,28 +53,36 @@ def run_experiment(
     console().print(f"figures, findings.md and results.json are in {out}, the page is {page}", soft_wrap=True)
 
 
-def _claim(out: Path, recipe: Recipe, plan: Plan) -> None:
-    """Writes what the folder is for, or refuses one that is for something else."""
-    ignored = ("output.", "targets", "tuning", "finetune.", "inner.", "rounds", "horizon", "method", "meta", "seed")
-    fields = {name: value for name, value in flatten(recipe).items() if not name.startswith(ignored)}
-    said = json.loads(json.dumps({"plan": asdict(plan), "recipe": fields}))
-    file = out / SETTINGS
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != said:
+def _claim(out: Path, recipe: Recipe, plan: Plan, *, begun: bool) -> None:
+    """Writes what the folder is for, or refuses one that was begun for something else."""
+    said = json.loads(json.dumps({"plan": asdict(plan), "recipe": used_fields(recipe)}))
+    if begun and _settings(out / SETTINGS) != said:
         raise UsageError(f"{out} holds an experiment with other settings; name another folder with --out")
-    file.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    replace_file(out / SETTINGS, json.dumps(said, indent=1) + "\n")
 
 
-def _measure(out: Path, recipe: Recipe, plan: Plan, missing: Sequence[tuple[Setting, int]], total: int) -> None:
+def _settings(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}); put it back, or name another folder with --out") from None
+
+
+def _measure(
+    out: Path, recipe: Recipe, plan: Plan, missing: Sequence[tuple[Setting, int]], total: int
+) -> dict[str, dict[str, Any]]:
     """Measures in one process per core; every unit is saved as soon as it is there."""
     text, commit = json.dumps(asdict(recipe)), environment()["commit"]
     jobs: Jobs = {(setting, draw): partial(_measure_one, text, plan, setting, draw) for setting, draw in missing}
-    done = total - len(missing)
+    done, units = total - len(missing), {}
     with Progress("approximation error", total, start=done) as progress:
         for (setting, draw), unit in perform(jobs, max(1, min(cores(), len(missing)))):
-            about = {"key": key_of(setting, draw), **asdict(setting), "draw": draw, "commit": commit}
-            append_row(out / UNITS, about | unit)
+            key = key_of(setting, draw)
+            units[key] = {"key": key, **asdict(setting), "draw": draw, "commit": commit, **unit}
+            append_row(out / UNITS, units[key])
             done += 1
             progress.update(done, note=f"{setting.optimizer}, {setting.network}, draw {draw}")
+    return units
 
 
 def _measure_one(recipe: str, plan: Plan, setting: Setting, draw: int) -> dict[str, Any]:

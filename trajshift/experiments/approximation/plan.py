@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trajshift.errors import UsageError
-from trajshift.recipe import Recipe, load
+from trajshift.recipe import Recipe, load, split_override
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("sgd", {}),
@@ -26,6 +26,9 @@ DISPLACEMENT, PRESCRIBED = "displacement", "prescribed"
 DEFAULT_RECIPE = "digits"
 DEFAULTS = ("train_on=[mirrored,few-classes]", "model.options.width=8", "model.options.batch_norm=false")
 """What the experiment changes in its own default recipe: two tasks of 8x8 pixels, no BatchNorm."""
+
+USED = ("tasks", "train_on", "data", "model", "head", "shared", "batch_size")
+"""Fields of a recipe that the experiment uses; all others follow from the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +102,30 @@ def scale(optimizer: str) -> float:
 
 
 def chosen_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe whose tasks, model and batch size are used; none means the default one with `DEFAULTS`."""
-    if recipe is None:
-        return load(DEFAULT_RECIPE, [*DEFAULTS, *overrides])
-    return load(recipe, overrides)
+    """The recipe whose tasks, model and batch size are used; none means the default one with `DEFAULTS`.
+
+    Raises:
+        UsageError: the recipe does not fit, or an override would be ignored.
+    """
+    defaults = DEFAULTS if recipe is None else ()
+    loaded = load(recipe or DEFAULT_RECIPE, [*defaults, *overrides])
+    left_out = set(loaded.tasks) - set(loaded.source_tasks())
+    for override in overrides:
+        path, _ = split_override(override)
+        if path[0] not in USED:
+            raise UsageError(
+                f"{'.'.join(path)} is set, but this experiment does not use it, only {', '.join(USED)}; drop it"
+            )
+        if path[0] == "tasks" and path[1:] and path[1] in left_out:
+            raise UsageError(f"{'.'.join(path)} is set, but train_on leaves {path[1]!r} out; add it, or drop the field")
+    return loaded
+
+
+def used_fields(recipe: Recipe) -> dict[str, Any]:
+    """What the experiment uses of a recipe, as plain values."""
+    tasks = {name: asdict(task) for name, task in recipe.source_tasks().items()}
+    whole = asdict(recipe) | {"tasks": tasks}
+    return {name: whole[name] for name in USED}
 
 
 def networks(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from trajshift.experiments.tables import LEVEL, Table, show
 from trajshift.figures import save
 from trajshift.page import Page
 from trajshift.recipe import Recipe
-from trajshift.rundir import environment
+from trajshift.rundir import environment, replace_file
 from trajshift.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks:
     }
     about = _about(units, plan, recipe, networks)
     findings = _findings(table, fitted, compared, checks, plan)
-    tables = {"slopes": _slope_table(fitted), "shifts": _shift_table(compared)}
-    (out / "findings.md").write_text(_markdown(about, findings, tables), encoding="utf-8")
+    tables = {"slopes": _slope_table(fitted), "shifts": _shift_table(compared, plan)}
+    replace_file(out / "findings.md", _markdown(about, findings, tables))
     results = {
         "environment": environment(),
         "measured_at": sorted({str(unit["commit"]) for unit in units.values()}),
@@ -62,9 +62,9 @@ def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks:
         "shifts": [asdict(one) for one in compared],
         "quadratics": {f"momentum {one.momentum:g}": one.deviation for one in checks},
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace_file(out / "results.json", json.dumps(results, indent=1) + "\n")
     page = out / "index.html"
-    page.write_text(_page(about, findings, tables, figures).html(), encoding="utf-8")
+    replace_file(page, _page(about, findings, tables, figures).html())
     return page
 
 
@@ -109,7 +109,7 @@ def _findings(
         "On quadratic losses, where the error is known in closed form, the measured error agrees with it to a "
         f"relative {worst:.1e} at {len(checks[0].ks)} k from 2 to {checks[0].horizon}, with and without momentum."
     )
-    said += _better(compared)
+    said += _better(compared, plan)
     overflowed = sum(int(np.any(~np.isfinite(one.error), axis=1).sum()) for one in table)
     of = sum(len(one.error) for one in table)
     said.append(f"{overflowed} of {of} trajectories overflowed" + ("; they are left out." if overflowed else "."))
@@ -138,22 +138,23 @@ def _size(table: Sequence[Measured], plan: Plan) -> str:
 
 
 def _kinks(table: Sequence[Measured], networks: Sequence[str], plan: Plan) -> str:
+    """Whether kinks add error, by what the interval of each optimizer says."""
     kinked, smooth = networks
-    parts = []
+    found: dict[str, list[str]] = {}
     for optimizer in dict.fromkeys(one.setting.optimizer for one in table):
         logs = [np.log(_middle(table, plan, optimizer, network).error[:, -1]) for network in (kinked, smooth)]
         ratio = estimate(logs[0] - logs[1])
-        parts.append(f"{_times(ratio)} ({optimizer}{_verdict(ratio)})")
-    return (
-        f"Kinks add error, as the paper says where the interval lies above 1: the error with {kinked} over that with "
-        f"{smooth} at k = {plan.ks[-1]} is {'; '.join(parts)}."
-    )
+        found.setdefault(_verdict(ratio), []).append(f"{optimizer} {_times(ratio)}")
+    parts = "; ".join(f"{verdict} under {', '.join(places)}" for verdict, places in found.items())
+    return f"Error with {kinked} over that with {smooth} at k = {plan.ks[-1]}: {parts}."
 
 
 def _verdict(ratio: Estimate | None) -> str:
     if ratio is None or ratio.low is None or ratio.high is None:
-        return ", no interval"
-    return "" if ratio.low > 0 or ratio.high < 0 else ", not told apart from 1"
+        return "undecided (no interval)"
+    if ratio.low > 0.0:
+        return "kinks add error, as the paper says,"
+    return "kinks lower the error, against the paper," if ratio.high < 0.0 else "undecided"
 
 
 def _orders(fitted: Sequence[Slope]) -> list[str]:
@@ -174,10 +175,10 @@ def _power(slope: Slope) -> str:
     return f"{slope.variable}^{show(slope.measured, 2)}"
 
 
-def _better(compared: Sequence[Comparison]) -> list[str]:
+def _better(compared: Sequence[Comparison], plan: Plan) -> list[str]:
     return [
-        f"Against the identity shift, along the same shifts of phi, {network}: lower error (p < 0.05 after Holm's "
-        f"correction) for {_shown(compared, network, lower=True)}; higher for "
+        f"Against the identity shift, along the same shifts of phi (momentum, beta {plan.shift_beta:g}), {network}: "
+        f"lower error (p < 0.05 after Holm's correction) for {_shown(compared, network, lower=True)}; higher for "
         f"{_shown(compared, network, lower=False)}."
         for network in dict.fromkeys(one.network for one in compared)
     ]
@@ -222,24 +223,25 @@ def _slope_table(fitted: Sequence[Slope]) -> Table:
     return Table(["network", "inner optimizer", "shifts", *variables], list(rows.values()), _SLOPES)
 
 
-def _shift_table(compared: Sequence[Comparison]) -> Table:
+def _shift_table(compared: Sequence[Comparison], plan: Plan) -> Table:
     ks = list(dict.fromkeys(one.k for one in compared))
     rows: dict[tuple[str, str], list[str]] = {}
     for one in compared:
         cell = _times(one.ratio) + ("*" if one.p is not None and one.p < LEVEL else "")
         rows.setdefault((one.network, one.carry), [one.network, one.carry]).append(cell)
-    return Table(["network", "carry", *(f"k = {k}" for k in ks)], list(rows.values()), _SHIFTS)
+    return Table(["network", "carry", *(f"k = {k}" for k in ks)], list(rows.values()), _SHIFTS.format(plan=plan))
 
 
 _SLOPES = (
     "Exponents fitted in log-log, draw by draw, mean and 95% interval; in brackets what equation 5 predicts for "
     f"plain SGD. In k: at the smallest alpha, from k = {FIRST_K} on, where alpha h k is at most {SMALL:g}, with h "
-    "the Hessian's norm at the start; and over the same k at the middle alpha, where no order is predicted. In "
-    f"alpha and beta: at k = {SLOPE_K}, in alpha where alpha h k is at most {SMALL:g}."
+    f"the Hessian's norm at the start; and at the middle alpha over all k from {FIRST_K} on, where no order is "
+    f"predicted. In alpha and beta: at k = {SLOPE_K}, in alpha where alpha h k is at most {SMALL:g}."
 )
 _SHIFTS = (
-    "Error over that of the identity shift along the same shifts of phi (SGD with momentum): geometric mean over "
-    "draws with its 95% interval; * marks p < 0.05 of the paired test after Holm's correction over the table."
+    "Error over that of the identity shift along the same shifts of phi, those of Algorithm 2 with beta "
+    "{plan.shift_beta:g} (SGD with momentum, alpha {plan.alpha:g}): geometric mean over draws with its 95% interval; "
+    "* marks p < 0.05 of the paired test after Holm's correction over the table."
 )
 _ESTIMATES = (
     "hold leaves theta where it is. scalar takes dU_k/dphi as a multiple of the identity, from the curvature along "

@@ -115,6 +115,7 @@ def _short_horizon(results: Results, found: Findings) -> None:
 
 
 def _number_of_optima(results: Results, found: Findings) -> None:
+    settings = results.settings
     short, long = results.optima
     counts = {f"k = {k}": dict(enumerate(map(float, counted))) for k, counted in results.clusters.items()}
     (test,) = compare(counts)
@@ -122,7 +123,8 @@ def _number_of_optima(results: Results, found: Findings) -> None:
         f"{len(one.points)} points in {one.cluster_count} clusters at k = {k}" for k, one in results.optima.items()
     )
     evidence = (
-        f"Published set: {published}. Random sets: "
+        f"Published set, from a {settings.side} x {settings.side} grid: {published}. "
+        f"Random sets, each from a {settings.optima_side} x {settings.optima_side} grid: "
         + " against ".join(f"{show(interval(list(of.values())), 1)} clusters at {name}" for name, of in counts.items())
         + f" (difference {show(test.difference, 1, sign=True)}, p {show_p(test)})."
     )

@@ -21,9 +21,10 @@ from trajshift.errors import UsageError
 from trajshift.experiments.landscape.measure import METHODS, Limit, Settings, finish, random_sets, yardstick
 from trajshift.experiments.landscape.surface import grid
 from trajshift.experiments.perform import Jobs, Key, perform
+from trajshift.experiments.saved import saved_rows
 from trajshift.presets import resolve
 from trajshift.progress import Progress, duration
-from trajshift.rows import append_row, read_jsonl
+from trajshift.rows import append_row
 
 FILE = "study.jsonl"
 _WIDEST = 12
@@ -75,24 +76,26 @@ def run_study(out: Path, *, study: StudySettings | None = None) -> None:
     pairs = {(m, limit_of(m, limit, study.settings)): None for limit in study.limits() for m in METHODS}
     total = 1 + len(pairs) * (1 + study.settings.sets)
     with Progress("study", total) as progress:
+        saved = saved_rows(out / FILE)
+        if saved and ("settings",) not in saved:
+            raise UsageError(f"{out / FILE} has no readable row of settings; delete it, or name another folder")
         first: Jobs = {("settings",): partial(_header, study)}
-        if _complete(out / FILE, first, 1, progress)["settings",] != _header(study):
+        if _complete(out / FILE, saved, first, 1, progress)["settings",] != _header(study):
             raise UsageError(f"{out / FILE} is of a study with other settings; delete it, or name another folder")
         tunings: Jobs = {key_of("tuning", m, limit): partial(tune, m, limit, study) for m, limit in pairs}
-        tuned = _complete(out / FILE, tunings, study.settings.processes, progress)
+        tuned = _complete(out / FILE, saved, tunings, study.settings.processes, progress)
         finals: Jobs = {}
         for m, limit in pairs:
             meta_lr = tuned[key_of("tuning", m, limit)]["meta_lr"]
             for seed in range(study.settings.sets):
                 finals[key_of("final", m, limit, seed)] = partial(final, m, limit, seed, meta_lr, study)
-        rows = tuned | _complete(out / FILE, finals, study.settings.processes, progress)
+        rows = tuned | _complete(out / FILE, saved, finals, study.settings.processes, progress)
     write_report(out, rows, study)
     print(f"the study is in {out / 'study.md'}, {duration(time.monotonic() - began)}")
 
 
-def _complete(file: Path, jobs: Jobs, processes: int, progress: Progress) -> dict[Key, Row]:
-    """The rows of these jobs, from the file where it has them."""
-    saved = {tuple(row["key"]): row for row in read_jsonl(file)} if file.exists() else {}
+def _complete(file: Path, saved: dict[Key, Row], jobs: Jobs, processes: int, progress: Progress) -> dict[Key, Row]:
+    """The rows of these jobs, saved ones where there are; the others are added to the file."""
     rows = {key: saved[key] for key in jobs if key in saved}
     progress.update(progress.step + len(rows))
     for key, row in perform({key: job for key, job in jobs.items() if key not in saved}, processes):
