@@ -19,6 +19,7 @@ BENCHMARKS = {
     "scaling": "time and memory with T, K, P and ranks",
     "landscape": "the vectorised twin of the plane against the loop",
     "startup": "from nothing to the first step, and the demo",
+    "alternatives": "ways that were tried and not kept: one batched call, torch.compile",
     "gpu": "everything about one GPU, in less than ten minutes",
 }
 ALL = "all"

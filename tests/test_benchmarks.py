@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import gpu, libraries
+from benchmarks import alternatives, gpu, libraries
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.alternatives import Learners
 from benchmarks.harness import Process, SideFailed, Spread, interleave, ratio, spread
 from benchmarks.report import Claim, write
 from benchmarks.sides.naive import Naive
@@ -113,6 +115,15 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
     parts = gpu.measure_on(torch.device("cpu"), gpu.TOY).tables[-1].rows
     failed = "failed, RuntimeError: out of memory"
     assert [part[1] for part in parts] == [failed, failed, "done", failed, "done"]
+
+
+def test_the_batched_call_makes_the_gradients_of_each_learner() -> None:
+    learners = Learners(alternatives.TOY.workloads[0])
+    together = learners.batched()
+    for index, model in enumerate(learners.models):
+        F.cross_entropy(model(learners.x[index]), learners.y[index]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together[name][index], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_work_is_counted_as_by_hand() -> None:
