@@ -65,7 +65,7 @@ def measure_flat(
     """One `Flat` for each labelled workload; `block` is the traffic of a block of steps in bytes."""
     found = []
     for label, workload in cases:
-        trainer = build_trainer(workload, engine="loop", device=device)
+        trainer = build_trainer(workload, engine="auto", device=device)
         trainer.advance()  # the learners take their rows
         rows, size = trainer.theta.shape
         traffic = (3 * rows + 2) * size * trainer.theta.element_size()
