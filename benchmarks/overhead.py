@@ -110,7 +110,8 @@ def _compare(plan: Plan, report: Report) -> None:
     report.panels.append(Dots("Trajectory shifting over plain training (CPU)", "extra time of a step, %", dots))
     caption = (
         "Seconds for one inner step of all T learners, phi moved and theta shifted after each; plain: the same models, "
-        "batches and fused SGD in ordinary PyTorch, nothing else. One process, one thread, float32, engine auto (which is the loop, with memory kept, for both sides)."
+        "batches and fused SGD in ordinary PyTorch, nothing else. One process, one thread, float32, engine auto, which "
+        "then is the loop; it lets the process keep freed memory, for both sides."
     )
     report.tables.append(Table(["case", "T", "model", "shifting", "plain", "extra"], rows, caption))
 

@@ -197,6 +197,15 @@ print(len(batches.train(0)[0]))
 """
 
 
-def test_a_process_that_leaves_its_stream_open_ends() -> None:
-    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+CYCLE = """
+stream.itself = stream
+del stream, batches.stream, batches
+import gc
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("then", ["", CYCLE], ids=["open", "collected in a cycle"])
+def test_a_process_that_leaves_its_stream_open_ends(then: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FORGETFUL + then], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

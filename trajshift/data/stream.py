@@ -7,13 +7,17 @@ replay, resume and sampled tasks change the speed and never a bit.
 
 from __future__ import annotations
 
-import atexit
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from ctypes import c_bool
+from functools import partial
 from itertools import count
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 from typing import Any
-from weakref import WeakSet
+from weakref import finalize
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -69,7 +73,8 @@ class Stream:
         self._fetched: Iterator[Any] | None = None
         self._loader: DataLoader[Any] | None = None
         if workers and any(raw.streams(split) for raw in self._raw.values() for split in ("train", "test")):
-            _open.add(self)
+            ending = RawValue(c_bool, False)
+            finalize(self, _let_end, ending, os.getpid())
             self._loader = DataLoader(
                 _Requests(self._raw),
                 batch_size=None,
@@ -78,7 +83,7 @@ class Stream:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=any(task.device.type == "cuda" for task in batches.values()),
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=partial(_outlive_signals, ending),
                 generator=torch.Generator(),  # else every start draws from the global generator
             )
         self.follow([(name, "train") for name in self._raw])
@@ -139,22 +144,24 @@ class Stream:
             yield Request(name, split, request.step + cycle, self._sizes[name])
 
 
-_open: WeakSet[Stream] = WeakSet()
-
-
-# Runs before torch's handler, which was registered earlier and after which no worker is ended any more. The workers
-# ignore SIGTERM: a process that left a stream open would wait for them forever.
-@atexit.register
-def _close_all() -> None:
-    for stream in list(_open):
-        stream.close()
-
-
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
-    # A terminal or a scheduler signals the whole process group; the parent still needs batches to end its step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _let_end(ending: Any, owner: int) -> None:
+    if os.getpid() == owner:  # not in a worker, which has a copy of the stream
+        ending.value = True
+
+
+def _outlive_signals(ending: Any, worker: int) -> None:
+    """A terminal or a scheduler signals the whole process group, but the parent still needs batches to end its step.
+
+    Once the stream is gone, SIGTERM ends a worker: that is what the loader sends where its own message got lost.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if ending.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
