@@ -16,7 +16,7 @@ from typing import Any
 from trajshift import figures
 from trajshift.comparison import (
     FINAL,
-    SCRATCH,
+    UNTRAINED,
     Row,
     Summary,
     curves,
@@ -149,7 +149,7 @@ def _task_names(run: Run) -> list[str]:
 def _results(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: Path) -> Summary | None:
     """The comparison at the end of meta-training; returns the first table's summary."""
     page.heading("Fine-tuning on the targets")
-    if not any(row["checkpoint"] in (FINAL, SCRATCH) for row in rows):
+    if not any(row["checkpoint"] in (FINAL, *UNTRAINED) for row in rows):
         page.paragraph("These runs have not been evaluated yet: trajshift evaluate RUN... fine-tunes their targets.")
         return None
     found = summary_tables(rows)
@@ -201,7 +201,9 @@ def _other(test: PairedTest, label: str) -> str:
 
 def _against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Looks, folder: Path) -> None:
     page.heading("Accuracy against inner steps" if final.percent else f"Test {final.metric} against inner steps")
-    chosen = [row for row in rows if row.get("train_images") == final.train_images and row["checkpoint"] != SCRATCH]
+    chosen = [
+        row for row in rows if row.get("train_images") == final.train_images and row["checkpoint"] not in UNTRAINED
+    ]
     if len({row["inner_steps"] for row in chosen}) < 2:
         page.paragraph(
             "Only the end of meta-training was evaluated: trajshift evaluate --checkpoints fine-tunes from the saved "
@@ -209,12 +211,11 @@ def _against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figu
         )
         return
     panels = {name: curves(chosen, "inner_steps", metric=final.metric, target=name) for name in final.targets}
-    scratch = next((line for line in final.lines if line.label == SCRATCH), None)
-    levels = dict(scratch.targets) if scratch else {}
+    untrained = [line for line in final.lines if line.label in UNTRAINED]
+    levels = {name: {line.label: line.targets[name] for line in untrained if name in line.targets} for name in panels}
     if len(final.targets) > 1:
         panels["average of targets"] = curves(chosen, "inner_steps", metric=final.metric)
-        if scratch and scratch.average:
-            levels["average of targets"] = scratch.average
+        levels["average of targets"] = {line.label: line.average for line in untrained if line.average}
     figure = figures.curve_figure(panels, styles, metric=final.metric, xlabel="inner steps per task", levels=levels)
     caption = (
         "Test result after fine-tuning from the initialization reached at a number of inner steps per task (replays "
@@ -224,7 +225,7 @@ def _against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figu
 
 
 def _few_data(page: Page, rows: Sequence[Row], metric: str, styles: figures.Looks, folder: Path) -> None:
-    chosen = [row for row in rows if row["checkpoint"] in (FINAL, SCRATCH) and row.get("images")]
+    chosen = [row for row in rows if row["checkpoint"] in (FINAL, *UNTRAINED) and row.get("images")]
     if len({row.get("train_images") for row in chosen}) < 2:
         return
     page.heading("Few data")

@@ -54,7 +54,13 @@ def do(job: dict[str, Any]) -> bool:
             return False
     if job["section"] is not None:
         with disk_errors(run.path):
-            evaluate_runs([run.path], targets=job["section"], scratch=job["scratch"])
+            evaluate_runs(
+                [run.path],
+                targets=job["section"],
+                train_images=job["train_images"],
+                checkpoints=job["checkpoints"],
+                scratch=job["scratch"],
+            )
     return True
 
 
