@@ -136,6 +136,7 @@ def _task_names(run: Run) -> list[str]:
 # -- training
 # --------------------------------------------------------------------------------------------------
 
+MEAN = "mean of tasks"
 _QUANTITIES = {
     "loss": ("training loss", "Training loss of each task along meta-training"),
     "distance": ("distance to phi", "Euclidean distance between each task's running parameters and phi"),
@@ -155,6 +156,8 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
             for task in _task_names(run):
                 found = [(row["inner_steps"], row["tasks"].get(task, {}).get(quantity)) for row in run.metrics]
                 _add(panels.setdefault(task, {}), run.label, found)
+            if len(_task_names(run)) > 1:
+                _add(panels.setdefault(MEAN, {}), run.label, _mean_of_tasks(run, quantity))
         panels = {task: by_label for task, by_label in panels.items() if by_label}
         if panels:
             figure = figures.training_figure(panels, styles, ylabel=ylabel)
@@ -178,6 +181,15 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
         figure = figures.training_figure({"meta-update": norms}, styles, ylabel="norm of the meta-update")
         caption = "Euclidean norm of the last meta-update of phi; where phi moves at every step, each move is small."
         page.figure(figures.save(figure, "meta_update", folder), f"{caption} {note}")
+
+
+def _mean_of_tasks(run: Run, quantity: str) -> list[tuple[Any, Any]]:
+    """The mean over the tasks that logged it, a point for each row."""
+    found = []
+    for row in run.metrics:
+        values = [task[quantity] for task in row["tasks"].values() if task.get(quantity) is not None]
+        found.append((row["inner_steps"], sum(values) / len(values) if values else None))
+    return found
 
 
 def _add(into: dict[str, list[figures.Series]], label: str, points: Sequence[tuple[Any, Any]]) -> None:
