@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import hub
 import pytest
 import torch
 
-from trajshift import models
+from trajshift import models, worker
 from trajshift.cli import main
 from trajshift.data.images import image_task
 from trajshift.data.prepare import prepare_cache
@@ -19,6 +20,7 @@ from trajshift.experiments.published import EXPERIMENTS, SCALES
 from trajshift.experiments.runs import experiment_jobs
 from trajshift.presets import METHODS
 from trajshift.rows import collect
+from trajshift.rundir import RunDirectory
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
@@ -118,6 +120,20 @@ def test_the_published_settings() -> None:
     assert rates["imagenet", "reptile"] == 1
     horizons = {job.recipe.horizon for job in experiment_jobs("images-horizon", seeds=1)}
     assert horizons == {10, 100, 1000}
+
+
+def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = experiment_jobs("images-ablation", seeds=1, overrides=["threads=1"], out=tmp_path)[0]
+    used = []
+    monkeypatch.setattr(RunDirectory, "is_complete", lambda run, recipe: True)
+    monkeypatch.setattr("trajshift.evaluate.evaluate_runs", lambda *a, **b: used.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert worker.do(json.loads(job.line()))
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1]
 
 
 def test_refusals() -> None:
