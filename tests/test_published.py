@@ -17,7 +17,7 @@ from trajshift.data.prepare import prepare_cache
 from trajshift.data.registry import find
 from trajshift.errors import UsageError
 from trajshift.experiments.published import EXPERIMENTS, SCALES
-from trajshift.experiments.runs import experiment_jobs
+from trajshift.experiments.runs import experiment_jobs, sweep_choices
 from trajshift.presets import METHODS
 from trajshift.rows import collect
 from trajshift.rundir import RunDirectory
@@ -120,6 +120,25 @@ def test_the_published_settings() -> None:
     assert rates["imagenet", "reptile"] == 1
     horizons = {job.recipe.horizon for job in experiment_jobs("images-horizon", seeds=1)}
     assert horizons == {10, 100, 1000}
+
+
+def test_rates_of_a_sweep_replace_the_published_ones(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    choice = {"reptile": {"method": "reptile", "meta_lr": "3"}, "mtl": {"inner.lr": "0.1", "method": "mtl"}}
+    file.write_text(json.dumps({"choice": choice}))
+    tuned = sweep_choices(file)
+    jobs = experiment_jobs("images-meta-train", seeds=1, tuned=tuned)
+    rates = {job.recipe.method: (job.recipe.meta_lr, job.recipe.inner.lr) for job in jobs}
+    assert rates["reptile"] == (3, 0.01)
+    assert rates["mtl"] == (None, 0.1)
+    assert rates["leap"] == (None, 0.01)
+    jobs = experiment_jobs("images-horizon", seeds=1, tuned=tuned)
+    reptile = {job.recipe.horizon: job.recipe.meta_lr for job in jobs if job.recipe.method == "reptile"}
+    assert reptile == {10: 1, 100: 1, 1000: 3}
+    for text in ("{", json.dumps({"choice": {"": {"meta_lr": "1"}}})):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=r"sweep\.json"):
+            sweep_choices(file)
 
 
 def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

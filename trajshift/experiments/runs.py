@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trajshift.commands import need_report_extra
@@ -12,11 +13,42 @@ from trajshift.pool import Job, cores, run_jobs
 from trajshift.recipe import load
 from trajshift.tables import console, print_summary
 
+Choices = Mapping[str, tuple[str, ...]]
+"""Method -> the fields a sweep chose."""
+
+
+def sweep_choices(file: Path) -> Choices:
+    """What a sweep over `method` and other fields chose, from its sweep.json.
+
+    Raises:
+        UsageError: no such file, or one without a choice for each method.
+    """
+    try:
+        found: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))["choice"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no readable sweep.json ({type(error).__name__}: {error})") from None
+    if not found or "" in found:
+        raise UsageError(f"{file} has no choice for each method; sweep with method=A,B,...")
+    skip = ("method", "seed")
+    return {
+        method: tuple(f"{field}={value}" for field, value in point.items() if field not in skip)
+        for method, point in found.items()
+    }
+
 
 def experiment_jobs(
-    name: str, *, scale: str = "full", seeds: int = 5, overrides: Sequence[str] = (), out: Path | None = None
+    name: str,
+    *,
+    scale: str = "full",
+    seeds: int = 5,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    tuned: Choices | None = None,
 ) -> list[Job]:
     """One job for each arm and seed; the start without meta-training is fine-tuned with the first arm.
+
+    `tuned` fields come in the place of the published ones, except where an arm has another horizon than the one that
+    was tuned.
 
     Raises:
         UsageError: an unknown scale, no seed, or an override that does not fit.
@@ -30,14 +62,17 @@ def experiment_jobs(
     folder = out or Path("runs") / f"{study.recipe.partition('-')[0]}{'' if scale == 'full' else f'-{scale}'}"
     arms = published.by_scale[scale] if published.by_scale else published.arms
     jobs = []
+    base = load(study.recipe, [*study.scales[scale], *overrides])
     for arm, own in arms.items():
+        recipe = load(study.recipe, [*study.scales[scale], *own, *overrides])
+        chosen = (tuned or {}).get(recipe.method, ()) if recipe.horizon == base.horizon else ()
         for seed in range(seeds):
             run = f"{arm}-seed{seed}"
             place = (f"seed={seed}", f"output.directory={folder}", f"output.name={run}")
             jobs.append(
                 Job(
                     path=folder / run,
-                    recipe=load(study.recipe, [*study.scales[scale], *own, *overrides, *place]),
+                    recipe=load(study.recipe, [*study.scales[scale], *own, *chosen, *overrides, *place]),
                     section="targets",
                     scratch=arm == next(iter(arms)),
                     checkpoints=published.checkpoints,
@@ -55,6 +90,7 @@ def run_published(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     workers: int | None = None,
+    tuned: Path | None = None,
 ) -> Path:
     """Train and fine-tune what is not done yet, print the comparison and write the page; returns its path.
 
@@ -67,7 +103,8 @@ def run_published(
     from trajshift.evaluate import collect, summary_tables
     from trajshift.report import write_report
 
-    jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out)
+    choices = None if tuned is None else sweep_choices(tuned)
+    jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out, tuned=choices)
     folder, first = jobs[0].path.parent, jobs[0].recipe
     say = console()
     say.print(
