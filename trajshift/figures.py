@@ -114,6 +114,7 @@ def curve_figure(
     *,
     metric: str,
     xlabel: str,
+    ylabel: str | None = None,
     levels: Mapping[str, Mapping[str, Estimate]] | None = None,
     log: bool = False,
 ) -> Figure:
@@ -136,7 +137,7 @@ def curve_figure(
         axis.set_title(name)
         axis.set_xlabel(xlabel)
     for axis in axes[:: _columns(len(panels))]:
-        axis.set_ylabel(_unit(metric))
+        axis.set_ylabel(ylabel or _unit(metric))
     legend(figure, axes)
     return figure
 

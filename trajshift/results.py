@@ -149,8 +149,9 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
         ]
         if len({row.get("train_images") for row in gains}) > 1:
             name = f"gain_over_{start.replace(' ', '_')}"
+            ylabel = f"gain in {metric}{', points' if final.percent else ''}"
             caption = f"The same as a difference from {start}, seed by seed: mean and 95% t-interval over seeds."
-            _few_data_figure(page, gains, metric, styles, folder, name, caption)
+            _few_data_figure(page, gains, metric, styles, folder, name, caption, ylabel)
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
@@ -158,14 +159,21 @@ def _cell(row: Row) -> tuple[Any, ...]:
 
 
 def _few_data_figure(
-    page: Page, rows: Sequence[Row], metric: str, styles: figures.Looks, folder: Path, name: str, caption: str
+    page: Page,
+    rows: Sequence[Row],
+    metric: str,
+    styles: figures.Looks,
+    folder: Path,
+    name: str,
+    caption: str,
+    ylabel: str | None = None,
 ) -> None:
     targets = list(dict.fromkeys(row["target"] for row in rows))
     panels = {target: curves(rows, "images", metric=metric, target=target) for target in targets}
     average = curves(rows, "images", metric=metric)
     if len(targets) > 1 and average:
         panels[AVERAGE] = average
-    figure = figures.curve_figure(panels, styles, metric=metric, xlabel="training images", log=True)
+    figure = figures.curve_figure(panels, styles, metric=metric, xlabel="training images", ylabel=ylabel, log=True)
     page.figure(figures.save(figure, name, folder), caption)
     curves_csv(folder / f"{name}.csv", panels, "train_images", metric)
 
