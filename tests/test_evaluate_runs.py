@@ -13,12 +13,13 @@ import torch
 from trajshift import checkpoint
 from trajshift import rows as saved
 from trajshift.build import build_tasks, build_trainer, finetune_options, model_factory
-from trajshift.comparison import FINAL, SCRATCH, summary_table
+from trajshift.comparison import FINAL, SCRATCH, START, summary_table
 from trajshift.errors import UsageError
 from trajshift.evaluate import evaluate, evaluate_runs
 from trajshift.finetune import finetune
 from trajshift.initialization import Initialization
 from trajshift.recipe import Recipe, load, to_yaml
+from trajshift.rows import collect
 
 RECIPE = """
 horizon: 50
@@ -220,3 +221,19 @@ def test_evaluate_in_memory_over_targets_seeds_and_methods(tmp_path: Path) -> No
     summary = summary_table(rows)
     assert [line.label for line in summary.lines] == ["mine", "scratch"]
     assert summary.tests[0].count == 2
+
+
+def test_without_meta_training_a_run_starts_from_its_initial_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    phi_of(recipe_of(tmp_path), 3).save(weights)
+    runs = [make_run(tmp_path, name, f"initialization={weights}", f"method={name}") for name in ("reptile", "leap")]
+    phi_of(recipe_of(tmp_path), 3).save(runs[0] / "initialization.safetensors")  # has learned nothing
+    rows = evaluate_runs(runs, scratch=True)
+    start = [row for row in rows if row["checkpoint"] == START]
+    assert [(row["label"], row["method"], row["inner_steps"]) for row in start] == [(START, START, 0)] * 2
+    unmoved = {row["target"]: row["accuracy"] for row in rows if row["label"] == "reptile"}
+    assert {row["target"]: row["accuracy"] for row in start} == unmoved
+    collected, _ = collect(runs)
+    assert sorted(map(str, collected)) == sorted(map(str, rows))
+    assert [line.label for line in summary_table(collected, train_images=12).lines] == ["reptile", "leap", START]
+    assert evaluate_runs(runs, scratch=True) == rows

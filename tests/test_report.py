@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -17,7 +18,8 @@ from trajshift.comparison import summary_table
 from trajshift.errors import UsageError
 from trajshift.figures import _aligned, looks
 from trajshift.recipe import load, to_yaml
-from trajshift.report import verdict, write_report
+from trajshift.report import write_report
+from trajshift.results import verdict
 from trajshift.rows import append_row, collect
 
 METHODS = {"trajectory-shifting": 0.74, "reptile": 0.70, "no-shifting": 0.699}
@@ -131,15 +133,59 @@ def read(page: Path) -> tuple[Reader, str]:
 def test_many_runs(runs: list[Path], page: Path) -> None:
     reader, text = read(page)
     names = ["comparison", "inner_steps", "few_data", "training_loss", "training_distance", "meta_update"]
+    names += ["gain_over_scratch"]
     assert reader.tags.count("figure") == len(names)
     saved = {path.name for path in (page.parent / "page-figures").iterdir()}
-    assert saved == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    sizes = [f"{name}{suffix}" for name in ("comparison", "tests") for suffix in ("", "-2", "-3")]
+    assert saved == {
+        *(f"{name}.{kind}" for name in names for kind in ("svg", "png")),
+        *(f"{name}.{kind}" for name in [*sizes, "reach"] for kind in ("csv", "md")),
+        *(f"{name}.csv" for name in ("inner_steps", "few_data", "gain_over_scratch")),
+    }
     summary = summary_table(collect(runs)[0])
     for cell in [cell for row in [*summary.cells(), *summary.test_cells()] for cell in row]:
         assert cell in text
     for part in [*METHODS, *TARGETS, "scratch", "parity", "3 seeds (0, 1, 2)", "3,200", "40 s", "torch 2.13"]:
         assert part in text
     assert verdict(summary) in text
+
+
+def numbers(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_tables_are_saved_as_numbers_and_as_text(runs: list[Path], page: Path) -> None:
+    folder = page.parent / "page-figures"
+    summary = summary_table(collect(runs)[0])
+    saved = {(row["method"], row["target"]): row for row in numbers(folder / "comparison.csv")}
+    for line in summary.lines:
+        assert line.average is not None
+        row = saved[line.label, "average of targets"]
+        assert float(row["mean_accuracy"]) == pytest.approx(line.average.mean)
+        assert float(row["half_width"]) == pytest.approx(line.average.half_width)
+        assert int(row["seeds"]) == 3
+    text = (folder / "comparison.md").read_text()
+    assert all(f"| {' | '.join(row)} |" in text for row in summary.cells())
+    tests = numbers(folder / "tests.csv")
+    assert [row["first"] for row in tests] == [test.first for test in summary.tests]
+    assert [float(row["p_holm"]) for row in tests] == pytest.approx([test.p_holm for test in summary.tests])
+    steps = numbers(folder / "inner_steps.csv")
+    assert {int(row["inner_steps"]) for row in steps if row["method"] == "reptile"} == set(STEPS)
+    few = numbers(folder / "few_data.csv")
+    assert {row["train_images"] for row in few if row["target"] == "average of targets"} == {"5", "20"}
+
+
+def test_gains_are_paired_with_the_start_of_the_same_seed(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "reptile", 0)
+    write_report([path])
+    rows = collect([path])[0]
+    value = {(row["label"], row["target"], row["train_images"], row["checkpoint"]): row["accuracy"] for row in rows}
+    for row in numbers(path / "report-figures" / "gain_over_scratch.csv"):
+        if row["target"] in TARGETS and row["train_images"] != "80":
+            target, size = row["target"], int(row["train_images"])
+            gain = value["reptile", target, size, "initialization"] - value["scratch", target, size, "scratch"]
+            assert float(row["mean_accuracy"]) == pytest.approx(gain)
 
 
 def test_the_page_is_self_contained(page: Path) -> None:
@@ -275,4 +321,4 @@ def test_long_series_are_averaged_in_bins_that_keep_the_mean() -> None:
 
 def test_a_method_keeps_its_looks_and_no_two_share_them() -> None:
     styles = looks([f"method {index}" for index in range(20)] + ["scratch"])
-    assert len({tuple(style.items()) for style in styles.values()}) == 21
+    assert len({tuple(style.items()) for style in styles.values()}) == 22

@@ -136,7 +136,13 @@ def evaluate(
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Also from every checkpoint kept, for accuracy against inner steps.")
     ] = False,
-    scratch: Annotated[bool, typer.Option("--scratch", help="Also from scratch, once per seed.")] = False,
+    scratch: Annotated[
+        bool,
+        typer.Option(
+            "--scratch",
+            help="Also without meta-training (from scratch, or the recipe's initialization), once per seed.",
+        ),
+    ] = False,
     section: Annotated[str, typer.Option(help="Tasks to fine-tune: targets or tuning.")] = "targets",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default as in the first run.")] = None,
 ) -> None:

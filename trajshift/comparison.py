@@ -1,6 +1,6 @@
 """From rows of `evaluation.jsonl` to tables and curves; torch-free.
 
-One row is one fine-tuning: `checkpoint` ("initialization", a step, or "scratch"), `inner_steps` of
+One row is one fine-tuning: `checkpoint` ("initialization", a step, "scratch" or "initial weights"), `inner_steps` of
 meta-training per task behind it, `method`, `label`, `seed`, `target`, `train_images` (null: all) and `images`
 (how many that were), `steps` of fine-tuning, `setting` (digest of model, target and fine-tuning options),
 `phi` (digest of the file), then the test metrics, or `error` where fine-tuning broke down.
@@ -18,6 +18,9 @@ from trajshift.statistics import Estimate, PairedTest, compare, interval
 Row = dict[str, Any]
 
 SCRATCH = "scratch"
+START = "initial weights"
+UNTRAINED = (SCRATCH, START)
+"""Starts without meta-training: none, or what the recipe's phi starts from. They are labels of their own."""
 FINAL = "initialization"
 _IGNORED = (
     "seed", "output", "device", "workers", "threads", "engine", "channels_last", "data.root", "finetune", "targets",
@@ -147,7 +150,7 @@ def summary_table(
     chosen = [
         row
         for row in rows
-        if row["checkpoint"] in (FINAL, SCRATCH)
+        if row["checkpoint"] in (FINAL, *UNTRAINED)
         and row.get("train_images") == train_images
         and (steps is None or row["steps"] == steps)
     ]
@@ -178,7 +181,7 @@ def summary_table(
 
 def summary_tables(rows: Sequence[Row], **options: Any) -> list[Summary]:
     """A `summary_table` for each pair of training images and fine-tuning steps among the rows, all images first."""
-    found = {(row.get("train_images"), row["steps"]) for row in rows if row["checkpoint"] in (FINAL, SCRATCH)}
+    found = {(row.get("train_images"), row["steps"]) for row in rows if row["checkpoint"] in (FINAL, *UNTRAINED)}
     ordered = sorted(found, key=lambda pair: (pair[0] is not None, -(pair[0] or 0), -pair[1]))
     return [summary_table(rows, train_images=size, steps=steps, **options) for size, steps in ordered]
 
@@ -266,9 +269,9 @@ def _short(value: Any) -> str:
 
 
 def _ordered(rows: Sequence[Row]) -> list[str]:
-    """Labels in order of appearance, scratch last."""
+    """Labels in order of appearance, what was not meta-trained last."""
     labels = dict.fromkeys(row["label"] for row in rows)
-    return sorted(labels, key=lambda label: label == SCRATCH)
+    return sorted(labels, key=lambda label: label in UNTRAINED)
 
 
 def _unlike(rows: Sequence[Row]) -> list[str]:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.comparison import FINAL, SCRATCH, Row, summary_table, summary_tables
+from trajshift.comparison import FINAL, SCRATCH, START, UNTRAINED, Row, summary_table, summary_tables
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
 from trajshift.recipe import Recipe, flatten, load
 from trajshift.rows import (
@@ -97,7 +97,8 @@ def evaluate_runs(
         targets: the recipe's section to fine-tune: `targets`, or `tuning` for choosing hyper-parameters.
         train_images: numbers of training images (None: all); None takes the recipe's `finetune.train_images`.
         checkpoints: also from every checkpoint that was kept, for accuracy against inner steps.
-        scratch: also without an initialization, once per seed.
+        scratch: also without meta-training, once per seed: from the recipe's `initialization`, or where it has none
+            from scratch.
         overrides: `key.path=value` for the recipes, such as `finetune.steps=300`.
         progress: called before each fine-tuning.
 
@@ -158,7 +159,7 @@ def _jobs(
     names = list(getattr(recipe, section))
     if not names:
         raise UsageError(f"the recipe of {path} has no tasks under {section}; add one there or in an override")
-    points: list[tuple[str | int, Path | None]] = [(SCRATCH, None)] if scratch else []
+    points: list[tuple[str | int, Path | None]] = [_untrained(recipe)] if scratch else []
     final = RunDirectory(path).initialization
     if final.is_file():
         points.append((FINAL, final))
@@ -170,10 +171,10 @@ def _jobs(
     sizes = train_images if train_images is not None else [recipe.finetune.train_images]
     jobs = []
     for checkpoint, source in points:
-        method = SCRATCH if source is None else recipe.method
+        method = str(checkpoint) if checkpoint in UNTRAINED else recipe.method
         common: Row = {
             "checkpoint": checkpoint,
-            "inner_steps": _inner_steps(path, recipe, source),
+            "inner_steps": 0 if source is None or checkpoint == START else _inner_steps(path, recipe, source),
             "method": method,
             "label": method,
             "seed": recipe.seed,
@@ -188,10 +189,17 @@ def _jobs(
     return jobs
 
 
-def _inner_steps(path: Path, recipe: Recipe, source: Path | None) -> int:
+def _untrained(recipe: Recipe) -> tuple[str, Path | None]:
+    """Where fine-tuning starts without meta-training."""
+    if recipe.initialization is None:
+        return SCRATCH, None
+    from trajshift.pretrained import locate
+
+    return START, locate(recipe.initialization)
+
+
+def _inner_steps(path: Path, recipe: Recipe, source: Path) -> int:
     """Cumulative inner steps per task, replays counted, behind a starting point."""
-    if source is None:
-        return 0
     if source.is_dir():
         return int(manifest_of(source)["numbers"]["inner_steps"])
     rows = read_jsonl(path / "metrics.jsonl")
@@ -218,17 +226,17 @@ def _valid_rows(path: Path) -> dict[tuple[Any, ...], Row]:
 
 
 def _existing(job: _Job, known: Mapping[Path, Mapping[tuple[Any, ...], Row]]) -> Row | None:
-    """The row of this job if it was computed before; scratch rows may lie with any run."""
-    places = known if job.source is None else [job.path]
+    """The row of this job if it was computed before; rows without meta-training may lie with any run."""
+    places = known if job.base["checkpoint"] in UNTRAINED else [job.path]
     rows = (known[path].get(identity_of(job.base)) for path in places)
     return next((row for row in rows if row is not None), None)
 
 
 def _without_repeats(jobs: Sequence[_Job]) -> list[_Job]:
-    """Scratch does not depend on the run: once per seed, target, size and setting is enough."""
+    """What is not meta-trained does not depend on the run: once per seed, target, size and setting is enough."""
     kept: dict[tuple[Any, ...], _Job] = {}
     for job in jobs:
-        kept.setdefault((None if job.source is None else job.path, *identity_of(job.base)), job)
+        kept.setdefault((None if job.base["checkpoint"] in UNTRAINED else job.path, *identity_of(job.base)), job)
     return list(kept.values())
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trajshift.comparison import SCRATCH, Curve, Summary
+from trajshift.comparison import SCRATCH, START, UNTRAINED, Curve, Summary
 from trajshift.errors import UsageError
 from trajshift.statistics import Estimate
 
@@ -49,9 +49,9 @@ Looks = Mapping[str, Mapping[str, Any]]
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each method, the same in every figure; scratch is grey and dashed."""
+    """Colour, marker and line of each method, the same in every figure; without meta-training grey and dashed."""
     found: dict[str, dict[str, Any]] = {}
-    for index, label in enumerate(name for name in labels if name != SCRATCH):
+    for index, label in enumerate(name for name in labels if name not in UNTRAINED):
         turn = index // len(COLOURS)
         found[label] = {
             "color": COLOURS[index % len(COLOURS)],
@@ -59,6 +59,7 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
             "linestyle": ("-", "--", ":")[turn % 3],
         }
     found[SCRATCH] = {"color": GREY, "marker": "x", "linestyle": "--"}
+    found[START] = {"color": GREY, "marker": "+", "linestyle": "-."}
     return found
 
 
@@ -113,15 +114,16 @@ def curve_figure(
     *,
     metric: str,
     xlabel: str,
-    levels: Mapping[str, Estimate] | None = None,
+    ylabel: str | None = None,
+    levels: Mapping[str, Mapping[str, Estimate]] | None = None,
     log: bool = False,
 ) -> Figure:
-    """One panel per target: the metric against x with 95% bands; `levels` are lines for scratch, by panel."""
+    """One panel per target: the metric against x with 95% bands; `levels`: panel -> label -> a level line."""
     figure, axes = _grid(len(panels), height=2.4)
     scale = 100.0 if metric == "accuracy" else 1.0
     for axis, (name, found) in zip(axes, panels.items(), strict=True):
-        if levels and name in levels:
-            _level(axis, levels[name], scale, styles[SCRATCH])
+        for label, level in (levels or {}).get(name, {}).items():
+            _level(axis, level, scale, label, styles[label])
         for curve in found:
             style = styles[curve.label]
             y = scale * np.array([point.mean for point in curve.y])
@@ -135,7 +137,7 @@ def curve_figure(
         axis.set_title(name)
         axis.set_xlabel(xlabel)
     for axis in axes[:: _columns(len(panels))]:
-        axis.set_ylabel(_unit(metric))
+        axis.set_ylabel(ylabel or _unit(metric))
     legend(figure, axes)
     return figure
 
@@ -227,8 +229,8 @@ def _dot(axis: Axes, estimate: Estimate, place: int, scale: float, style: Mappin
     )
 
 
-def _level(axis: Axes, estimate: Estimate, scale: float, style: Mapping[str, Any]) -> None:
-    axis.axhline(scale * estimate.mean, color=style["color"], linestyle=style["linestyle"], lw=1.2, label=SCRATCH)
+def _level(axis: Axes, estimate: Estimate, scale: float, label: str, style: Mapping[str, Any]) -> None:
+    axis.axhline(scale * estimate.mean, color=style["color"], linestyle=style["linestyle"], lw=1.2, label=label)
     if estimate.low is not None and estimate.high is not None:
         axis.axhspan(scale * estimate.low, scale * estimate.high, color=style["color"], alpha=0.1, lw=0)
 
@@ -242,9 +244,9 @@ def log_axis(axis: Axes, places: Sequence[float]) -> None:
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend below all panels, scratch last."""
+    """One legend below all panels, what was not meta-trained last."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = sorted(handles, key=lambda label: label == SCRATCH)
+    labels = sorted(handles, key=lambda label: label in UNTRAINED)
     columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
     figure.legend(
         [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False

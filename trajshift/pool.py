@@ -40,13 +40,15 @@ class Job:
     section: str | None = None
     """`targets` or `tuning`: fine-tuned after training; None for neither."""
     scratch: bool = False
-    """Also fine-tune without an initialization, with the run's seed."""
+    """Also fine-tune without meta-training, with the run's seed."""
+    checkpoints: bool = False
+    """Also fine-tune from every checkpoint kept."""
+    train_images: tuple[int, ...] | None = None
+    """Numbers of training images per task; None takes the recipe's."""
 
     def line(self) -> str:
         """The job as one line for a worker."""
-        recipe = asdict(self.recipe)
-        job = {"path": str(self.path), "recipe": recipe, "section": self.section, "scratch": self.scratch}
-        return json.dumps(job) + "\n"
+        return json.dumps({**asdict(self), "path": str(self.path)}) + "\n"
 
 
 def cores() -> int:

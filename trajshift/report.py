@@ -2,7 +2,7 @@
 
 The page holds the comparison with intervals and tests, accuracy against inner steps, few-data curves,
 training curves, cost, recipe and environment; a part whose files are missing says how to get them. Every
-figure is also saved beside the page as SVG and PNG.
+figure is also saved beside the page as SVG and PNG, the results' tables as CSV and Markdown.
 """
 
 from __future__ import annotations
@@ -13,21 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trajshift import figures
-from trajshift.comparison import (
-    FINAL,
-    SCRATCH,
-    Row,
-    Summary,
-    curves,
-    show_p,
-    summary_tables,
-)
+from trajshift import figures, results
+from trajshift.comparison import Row
 from trajshift.errors import UsageError
 from trajshift.page import Page
 from trajshift.recipe import Recipe, load, to_yaml
 from trajshift.rows import collect, distinct, labels_of, read_jsonl
-from trajshift.statistics import PairedTest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,12 +62,12 @@ def write_report(paths: Sequence[Path | str], out: Path | str | None = None) -> 
     styles = figures.looks(list(dict.fromkeys(run.label for run in runs)))
     page = Page(_title(runs))
     page.paragraph(_subtitle(runs), "quiet")
-    final = _results(page, rows, styles, folder)
+    final = results.comparison(page, rows, styles, folder)
     for note in notes:
         page.paragraph(note, "note")
     if final:
-        _against_steps(page, rows, final, styles, folder)
-        _few_data(page, rows, final.metric, styles, folder)
+        results.against_steps(page, rows, final, styles, folder)
+        results.few_data(page, rows, final, styles, folder)
     _training(page, runs, styles, folder)
     _cost(page, runs)
     _recipes(page, runs)
@@ -142,105 +133,10 @@ def _task_names(run: Run) -> list[str]:
     return list(run.last.get("tasks") or run.recipe.source_tasks())
 
 
-# -- results
-# ---------------------------------------------------------------------------------------------------
-
-
-def _results(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: Path) -> Summary | None:
-    """The comparison at the end of meta-training; returns the first table's summary."""
-    page.heading("Fine-tuning on the targets")
-    if not any(row["checkpoint"] in (FINAL, SCRATCH) for row in rows):
-        page.paragraph("These runs have not been evaluated yet: trajshift evaluate RUN... fine-tunes their targets.")
-        return None
-    found = summary_tables(rows)
-    page.paragraph(verdict(found[0]), "lead")
-    for number, summary in enumerate(found):
-        if len(found) > 1:
-            page.heading(_capital(summary.title), 3)
-        if number == 0:
-            svg = figures.save(figures.comparison_figure(summary, styles), "comparison", folder)
-            page.figure(svg, f"{_capital(summary.title)}: mean and 95% t-interval over seeds; dots are seeds.")
-        page.table(summary.header(), summary.cells(), f"{_capital(summary.title)}, \u00b1 95% t-interval over seeds.")
-        if summary.tests:
-            page.table(
-                summary.test_header(),
-                summary.test_cells(),
-                "Paired t-tests over seeds of the average over targets, first minus second with its 95% interval; "
-                "p corrected by Holm for all pairs in this table.",
-                text=(1,),
-            )
-        for note in summary.notes:
-            page.paragraph(_capital(note) + ".", "note")
-    return found[0]
-
-
-def verdict(summary: Summary) -> str:
-    """One sentence on who is best and from whom it can be told apart."""
-    better = max if summary.metric == "accuracy" else min
-    ranked = [line for line in summary.lines if line.average is not None]
-    if not ranked:
-        return "No method has a complete result yet."
-    best = better(ranked, key=lambda line: line.average.mean if line.average else 0.0)
-    unit = " %" if summary.percent else ""
-    text = f"Best on average is {best.label} with {summary.show(best.average)}{unit} ({summary.metric})"
-    told = [test for test in summary.tests if best.label in (test.first, test.second) and test.p_holm is not None]
-    if len(ranked) == 1:
-        return f"{best.label}: {summary.show(best.average)}{unit} test {summary.metric} on average over the targets."
-    if not told:
-        return f"{text}; there are too few seeds to test the difference from the others."
-    apart = [f"{_other(t, best.label)} (p = {show_p(t.p_holm or 0.0)})" for t in told if (t.p_holm or 0.0) < 0.05]
-    close = [f"{_other(t, best.label)} (p = {show_p(t.p_holm or 0.0)})" for t in told if (t.p_holm or 0.0) >= 0.05]
-    parts = [f"it differs from {', '.join(apart)}"] if apart else []
-    parts += [f"it cannot be told apart from {', '.join(close)}"] if close else []
-    return f"{text}; at the 5% level, Holm-corrected, {' and '.join(parts)}."
-
-
-def _other(test: PairedTest, label: str) -> str:
-    return test.second if test.first == label else test.first
-
-
-def _against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Looks, folder: Path) -> None:
-    page.heading("Accuracy against inner steps" if final.percent else f"Test {final.metric} against inner steps")
-    chosen = [row for row in rows if row.get("train_images") == final.train_images and row["checkpoint"] != SCRATCH]
-    if len({row["inner_steps"] for row in chosen}) < 2:
-        page.paragraph(
-            "Only the end of meta-training was evaluated: trajshift evaluate --checkpoints fine-tunes from the saved "
-            "checkpoints too (output.keep=null keeps them all)."
-        )
-        return
-    panels = {name: curves(chosen, "inner_steps", metric=final.metric, target=name) for name in final.targets}
-    scratch = next((line for line in final.lines if line.label == SCRATCH), None)
-    levels = dict(scratch.targets) if scratch else {}
-    if len(final.targets) > 1:
-        panels["average of targets"] = curves(chosen, "inner_steps", metric=final.metric)
-        if scratch and scratch.average:
-            levels["average of targets"] = scratch.average
-    figure = figures.curve_figure(panels, styles, metric=final.metric, xlabel="inner steps per task", levels=levels)
-    caption = (
-        "Test result after fine-tuning from the initialization reached at a number of inner steps per task (replays "
-        "counted): mean and 95% t-interval over seeds."
-    )
-    page.figure(figures.save(figure, "inner_steps", folder), caption)
-
-
-def _few_data(page: Page, rows: Sequence[Row], metric: str, styles: figures.Looks, folder: Path) -> None:
-    chosen = [row for row in rows if row["checkpoint"] in (FINAL, SCRATCH) and row.get("images")]
-    if len({row.get("train_images") for row in chosen}) < 2:
-        return
-    page.heading("Few data")
-    targets = list(dict.fromkeys(row["target"] for row in chosen))
-    panels = {name: curves(chosen, "images", metric=metric, target=name) for name in targets}
-    figure = figures.curve_figure(panels, styles, metric=metric, xlabel="training images", log=True)
-    caption = (
-        "Test result against the number of training images of the target (class-balanced subsets, the same for every "
-        "method at one seed): mean and 95% t-interval over seeds."
-    )
-    page.figure(figures.save(figure, "few_data", folder), caption)
-
-
 # -- training
 # --------------------------------------------------------------------------------------------------
 
+MEAN = "mean of tasks"
 _QUANTITIES = {
     "loss": ("training loss", "Training loss of each task along meta-training"),
     "distance": ("distance to phi", "Euclidean distance between each task's running parameters and phi"),
@@ -260,6 +156,8 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
             for task in _task_names(run):
                 found = [(row["inner_steps"], row["tasks"].get(task, {}).get(quantity)) for row in run.metrics]
                 _add(panels.setdefault(task, {}), run.label, found)
+            if len(_task_names(run)) > 1:
+                _add(panels.setdefault(MEAN, {}), run.label, _mean_of_tasks(run, quantity))
         panels = {task: by_label for task, by_label in panels.items() if by_label}
         if panels:
             figure = figures.training_figure(panels, styles, ylabel=ylabel)
@@ -283,6 +181,15 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
         figure = figures.training_figure({"meta-update": norms}, styles, ylabel="norm of the meta-update")
         caption = "Euclidean norm of the last meta-update of phi; where phi moves at every step, each move is small."
         page.figure(figures.save(figure, "meta_update", folder), f"{caption} {note}")
+
+
+def _mean_of_tasks(run: Run, quantity: str) -> list[tuple[Any, Any]]:
+    """The mean over the tasks that logged it, a point for each row."""
+    found = []
+    for row in run.metrics:
+        values = [task[quantity] for task in row["tasks"].values() if task.get(quantity) is not None]
+        found.append((row["inner_steps"], sum(values) / len(values) if values else None))
+    return found
 
 
 def _add(into: dict[str, list[figures.Series]], label: str, points: Sequence[tuple[Any, Any]]) -> None:
@@ -352,10 +259,6 @@ def _explanation(page: Page) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

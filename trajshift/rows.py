@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from trajshift.comparison import FINAL, SCRATCH, Row, label_runs
+from trajshift.comparison import FINAL, UNTRAINED, Row, label_runs
 from trajshift.errors import UsageError
 from trajshift.recipe import Recipe, flatten, load
 from trajshift.rundir import RunDirectory, read_rows
@@ -20,7 +20,7 @@ def collect(paths: Sequence[Path | str], section: str = "targets") -> tuple[list
     """All saved rows of these runs on one section's tasks, labelled, and notes on rows left out.
 
     Where a fine-tuning was repeated with other settings the last one counts; rows from an initialization that
-    has been trained further since are left out. Scratch rows of one seed count once.
+    has been trained further since are left out. Rows without meta-training count once for each seed.
     """
     paths = distinct(paths)
     labels = labels_of({path: load(path) for path in paths})
@@ -41,7 +41,7 @@ def collect(paths: Sequence[Path | str], section: str = "targets") -> tuple[list
             if row.get("section", "targets") == section:
                 latest[place_of(row)] = row
         for row in latest.values():
-            key = (None if row["checkpoint"] == SCRATCH else path, *identity_of(row))
+            key = (None if row["checkpoint"] in UNTRAINED else path, *identity_of(row))
             if key not in seen:
                 seen.add(key)
                 rows.append(labelled(row, path, labels))
@@ -133,5 +133,6 @@ def labels_of(recipes: Mapping[Path, Recipe]) -> dict[Path, str]:
 
 
 def labelled(row: Row, path: Path, labels: Mapping[Path, str]) -> Row:
-    """The row with its label among these runs and the run's name; scratch belongs to no run."""
-    return row | {"label": SCRATCH if row["checkpoint"] == SCRATCH else labels[path], "run": path.name}
+    """The row with its label among these runs and the run's name; what was not meta-trained belongs to no run."""
+    start = row["checkpoint"]
+    return row | {"label": start if start in UNTRAINED else labels[path], "run": path.name}

@@ -43,6 +43,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def do(job: dict[str, Any]) -> bool:
     """Train and fine-tune one run; returns False where a signal stopped it."""
+    from trajshift.distributed import World, set_threads
     from trajshift.evaluate import evaluate_runs
     from trajshift.run import train
 
@@ -53,8 +54,15 @@ def do(job: dict[str, Any]) -> bool:
         if not outcome.complete:
             return False
     if job["section"] is not None:
+        set_threads(World(), recipe.threads)  # a run that was complete has not set its own
         with disk_errors(run.path):
-            evaluate_runs([run.path], targets=job["section"], scratch=job["scratch"])
+            evaluate_runs(
+                [run.path],
+                targets=job["section"],
+                train_images=job["train_images"],
+                checkpoints=job["checkpoints"],
+                scratch=job["scratch"],
+            )
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trajshift.errors import UsageError
+from trajshift.experiments.published import EXPERIMENTS
 
 app = typer.Typer(
     help="Run an experiment of the paper: numbers, figures and a page.",
@@ -62,3 +63,31 @@ def approximation_error(
         raise UsageError(f"two recipes are named, {names[0]!r} and {names[1]!r}; name one")
     recipe = names[0] if names else None
     run_experiment(out or default, recipe, overrides, plan=QUICK if quick else None)
+
+
+def _published(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of every run, such as data.root=DIR device=cuda."),
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(help="full: as published; small: for two cores; check: a few steps, to see that everything runs."),
+    ] = "full",
+    seeds: Annotated[int, typer.Option(help="Whole pipelines per method, seeds 0, 1, ...")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs and the page.")] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="The sweep.json of a sweep over method=...: each method with what it chose.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, one on a GPU.")] = None,
+) -> None:
+    from trajshift.experiments.runs import run_published
+
+    run_published(
+        str(context.info_name), scale=scale, seeds=seeds, overrides=overrides or [], out=out, workers=jobs, tuned=tuned
+    )
+
+
+for _name, _experiment in EXPERIMENTS.items():
+    app.command(_name, help=f"{_experiment.summary} Resumable: the same command goes on.")(_published)
