@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from trajshift.data.registry import DataSet
 
 
-def pictures(n: int, shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+@contextmanager
+def offline(cache: Path) -> Iterator[None]:
+    """`datasets` without a network, its copies below `cache`."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            datasets.enable_progress_bars()
+
+
+def pictures(n: int, shape: tuple[int, ...] = (6, 6, 3), seed: int = 0) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8))
 
 

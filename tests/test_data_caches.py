@@ -24,17 +24,14 @@ from trajshift.data.stream import Stream
 from trajshift.errors import UsageError
 from trajshift.recipe import validate
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+def _cache(tmp_path: Path) -> Iterator[None]:
+    with hub.offline(tmp_path / "cache"):
+        yield
 
 
 def mapped(folder: Path, n: int = 40, pixels: int = 8) -> tuple[MappedSource, ArraySource]:

@@ -12,7 +12,7 @@ import pytest
 from trajshift.cli import main
 from trajshift.data.registry import find, registered
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
 
 Command = Callable[..., tuple[int, str, str]]
@@ -21,11 +21,8 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+    with hub.offline(tmp_path / "cache"):
+        yield
 
 
 @pytest.fixture

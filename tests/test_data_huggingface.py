@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub
 import numpy as np
 import pytest
 import torch
+from hub import pictures
 
 from trajshift.data.batches import TaskBatches
 from trajshift.data.huggingface import hf_source, load_hf
@@ -24,16 +26,9 @@ Image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-def pictures(n: int, shape: tuple[int, ...] = (6, 6, 3), seed: int = 0) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8))
+def _cache(tmp_path: Path) -> Iterator[None]:
+    with hub.offline(tmp_path / "cache"):
+        yield
 
 
 def made(

@@ -22,7 +22,7 @@ from trajshift.presets import METHODS
 from trajshift.rows import collect
 from trajshift.rundir import RunDirectory
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
@@ -33,10 +33,7 @@ PIXELS = 8
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Caches of all sets that the recipes name, two random images of each class for training and one for testing."""
     folder = tmp_path_factory.mktemp("published")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        datasets.disable_progress_bars()
+    with hub.offline(folder / "cache"):
         jobs = [job for name in EXPERIMENTS for job in experiment_jobs(name, seeds=1)]
         tasks = [task for job in jobs for task in [*job.recipe.tasks.values(), *job.recipe.targets.values()]]
         for name in sorted({task.source.removeprefix("cache:") for task in tasks}):
@@ -47,7 +44,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 hub.repository(folder / entry.name, entry, images, images[: entry.classes])
                 own = {"size": PIXELS}
                 prepare_cache(entry.name, folder / "data", copy=folder / entry.name, overrides=own, quiet=True)
-        datasets.enable_progress_bars()
     x = torch.zeros(2, 3, PIXELS, PIXELS, dtype=torch.uint8)
     network = models.build("resnet18", image_task("a", (x, torch.arange(2)), outputs=2))
     torch.save(network.state_dict(), folder / "resnet18.pth")

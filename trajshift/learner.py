@@ -290,9 +290,13 @@ class Learner:
             raise UsageError(f"the loss of task {self.task.name!r} has shape {tuple(loss.shape)}; return one number")
         return loss
 
+    def draw_of(self, step: int) -> int:
+        """What the global generator is set to for a pass: dropout draws the same however a step is reached."""
+        return key(self.seed, self.task.name, "forward", step)
+
     def seed_generators(self, step: int) -> None:
-        """Sets the global generator per (seed, task, step): dropout draws the same however a step is reached."""
-        seed_generators(key(self.seed, self.task.name, "forward", step), self.device)
+        """Sets the global generator for training batch `step`."""
+        seed_generators(self.draw_of(step), self.device)
 
     def backward(self, batch: Batch, *, autocast: torch.dtype | None, shared: bool) -> Tensor:
         """Gradients of the loss on a batch; returns the loss, detached.

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from trajshift.data.hashing import key
 from trajshift.implicit import Product, hessian_product
 from trajshift.learner import Learner, untouched
 from trajshift.roster import Roster
@@ -37,8 +36,7 @@ class RosterProbe:
     @contextmanager
     def _pass(self, learner: Learner) -> Iterator[None]:
         self.counts["gradient_evaluations"] += 1
-        draw = key(learner.seed, learner.task.name, "forward", self._batch)
-        with untouched(learner.module, draw, learner.device):
+        with untouched(learner.module, learner.draw_of(self._batch), learner.device):
             yield
 
     def losses(self) -> Tensor:

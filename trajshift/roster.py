@@ -91,18 +91,15 @@ class Roster:
 
     def _trial(self, task: Task) -> None:
         """A forward pass of a throw-away module on the first batch, made on the CPU so that no source moves for it."""
-        batches = TaskBatches(
-            task, seed=self.seed, batch_size=self.batch_size, heldout=self.heldout, dtype=self.blueprint.layout.dtype
-        )
-        batch = move(batches.train(0), self.device)
+        batch = move(self._batches(task, torch.device("cpu")).train(0), self.device)
         module = fresh_module(self.blueprint.factory, task, head_key(self.seed, task.name)).to(self.device)
         with torch.no_grad():
             task.compute_loss(module, batch)
 
-    def _batches(self, task: Task) -> TaskBatches:
+    def _batches(self, task: Task, device: torch.device) -> TaskBatches:
         return TaskBatches(
             task, seed=self.seed, batch_size=self.batch_size,
-            device=self.device, heldout=self.heldout, dtype=self.blueprint.layout.dtype,
+            device=device, heldout=self.heldout, dtype=self.blueprint.layout.dtype,
         )  # fmt: skip
 
     @property
@@ -184,7 +181,7 @@ class Roster:
     def _enter(self, name: str) -> Learner:
         task = self.tasks[name]
         learner = Learner(
-            task, self._batches(task), self.blueprint, self.inner,
+            task, self._batches(task, self.device), self.blueprint, self.inner,
             seed=self.seed, adapt_shared=self.adapt_shared, device=self.device,
         )  # fmt: skip
         if name in self.waiting:
@@ -201,7 +198,7 @@ class Roster:
         for learner in staying:
             task = self.tasks[learner.task.name]
             if task is not learner.task:
-                learner.take(task, self._batches(task))
+                learner.take(task, self._batches(task, self.device))
         self._seat(staying)
 
     def check(self) -> None:

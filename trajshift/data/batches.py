@@ -73,14 +73,14 @@ class RawBatches:
         source = self._sources[side]
         if side not in self._placed:
             self._placed.add(side)
-            if self._fits(source):
+            if lies_on(self._device, source):
                 self._sources[side] = source.to(self._device)
         return self._sources[side]
 
     def streams(self, split: str) -> bool:
         """Whether the split exists and is made example by example, hence worth fetching ahead."""
         source = self._sources.get(_side(split))
-        return not (isinstance(source, (ArraySource, NoneType)) or self._fits(source))
+        return not (isinstance(source, (ArraySource, NoneType)) or lies_on(self._device, source))
 
     def size(self, split: str) -> int:
         """The number of examples of a split."""
@@ -126,12 +126,6 @@ class RawBatches:
             self._check_labels((source, source.labels))
         return source
 
-    def _fits(self, source: Source) -> bool:
-        """Whether a source is copied to the device whole: small ones in memory, and on accelerators small caches."""
-        if isinstance(source, MappedSource) and self._device.type == "cpu":
-            return False
-        return isinstance(source, (ArraySource, MappedSource)) and source.bytes <= DEVICE_BYTES
-
     def _check_labels(self, batch: Batch) -> None:
         labels = label_entry(batch)
         if self._classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
@@ -173,6 +167,13 @@ class RawBatches:
             order = permutation(key(self.seed, self.name, split, epoch), count, device=self._index_device)
             self._epochs[split, epoch] = order
         return self._epochs[split, epoch]
+
+
+def lies_on(device: torch.device, source: Source) -> bool:
+    """Whether a source is copied to the device whole: small ones in memory, and on accelerators small caches."""
+    if isinstance(source, MappedSource) and device.type == "cpu":
+        return False
+    return isinstance(source, (ArraySource, MappedSource)) and source.bytes <= DEVICE_BYTES
 
 
 def _side(split: str) -> str:

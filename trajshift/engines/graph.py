@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trajshift.data.batches import DEVICE_BYTES, TaskBatches
+from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.images import ImageTransform
 from trajshift.data.sources import ArraySource, as_source
 from trajshift.engines.base import Engine
@@ -186,8 +186,7 @@ class Graph(Engine):
         if trainer.inner.flat or not _recordable(trainer):
             return f"optimizer {trainer.inner.optimizer} is not one fused kernel"
         for task in roster.tasks.values():
-            source = as_source(task.train)
-            if not isinstance(source, ArraySource) or source.bytes > DEVICE_BYTES:
+            if not lies_on(trainer.device, as_source(task.train)):
                 return f"the examples of task {task.name!r} are not held on the device"
             if task.transform is not None and type(task.transform) is not ImageTransform:
                 return f"the transform of task {task.name!r} is not trajshift's own"
@@ -195,7 +194,7 @@ class Graph(Engine):
 
     def begin(self, trainer: MetaTrainer) -> None:
         """Forgets what was recorded where a tensor lies elsewhere now."""
-        addresses = tuple(tensor.data_ptr() for tensor in _state(trainer))
+        addresses = _addresses(trainer)
         if addresses == self._addresses:
             return
         self._addresses, self._warm = addresses, _WARMUP
@@ -207,9 +206,10 @@ class Graph(Engine):
 
     def step(self, trainer: MetaTrainer) -> tuple[Tensor, bool]:
         """Takes the recorded step, or records it first."""
-        if trainer.step != self._expected:
+        jumped = trainer.step != self._expected
+        if jumped:
             self.begin(trainer)  # a checkpoint may have put tensors elsewhere
-        if trainer.step != self._expected or trainer.step % AHEAD == 0:
+        if jumped or trainer.step % AHEAD == 0:
             self._fill(trainer)
         after = (trainer.step + 1) % trainer.horizon
         kind = due, _ = (after % (trainer.method.meta_every or 1) == 0, after != 0)
@@ -219,7 +219,7 @@ class Graph(Engine):
                 body()
             self._warm -= 1
             if not self._warm:  # the inner optimizers have made their state now
-                self._addresses = tuple(tensor.data_ptr() for tensor in _state(trainer))
+                self._addresses = _addresses(trainer)
         else:
             if kind not in self._steps:
                 self._steps[kind] = self._recorder.record(body)
@@ -271,8 +271,12 @@ def _recordable(trainer: MetaTrainer) -> bool:
     return fused and (trainer.method.joint or isinstance(trainer.outer, PlainStep))
 
 
+def _addresses(trainer: MetaTrainer) -> tuple[int, ...]:
+    """Of all tensors that a recorded step uses."""
+    return tuple(tensor.data_ptr() for tensor in _state(trainer))
+
+
 def _state(trainer: MetaTrainer) -> Iterator[Tensor]:
-    """All tensors whose addresses a recorded step holds."""
     yield from (trainer.phi, trainer.theta, trainer.roster.gradients, trainer.roster.weights)
     yield from (trainer.tally.loss_sum, trainer.tally.first_bad_step, trainer.tally.update_norm)
     for learner in trainer.learners:

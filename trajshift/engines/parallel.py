@@ -8,7 +8,7 @@ of the loop with one thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from trajshift.errors import UsageError
 from trajshift.task import Batch
 
 if TYPE_CHECKING:
+    from trajshift.learner import Learner
     from trajshift.loop import MetaTrainer
 
 _TRIAL = (2, 8)
@@ -71,10 +72,9 @@ class Parallel(Engine):
     def _side_by_side(self, trainer: MetaTrainer) -> list[Tensor]:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self.threads, "learner", torch.set_num_threads, (1,))
-        step = trainer.step
         # What is read example by example comes from loader processes, or draws from the global generators.
         ready = {
-            learner.task.name: learner.batches.train(step)
+            learner.row: learner.batches.train(trainer.step)
             for learner in trainer.learners
             if learner.batches.raw.streams("train")
         }
@@ -82,20 +82,20 @@ class Parallel(Engine):
         state = torch.get_rng_state()
         slowest_first = sorted(trainer.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
         futures = {
-            learner.row: self._executor.submit(self._timed, learner.task.name, trainer.step_of, learner, step, batch)
+            learner.row: self._executor.submit(self._step_of, trainer, learner, ready.get(learner.row))
             for learner in slowest_first
-            for batch in [ready.get(learner.task.name)]
         }
         wait(futures.values())
         losses = [futures[row].result() for row in range(len(futures))]
         if not torch.equal(state, torch.get_rng_state()):
             raise UsageError(
-                f"a model or loss drew random numbers at inner step {step + 1} and had not before; use engine=loop"
+                f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; "
+                "use engine=loop"
             )
         return losses
 
-    def _timed(self, name: str, call: Callable[..., Tensor], *arguments: Batch) -> Tensor:
+    def _step_of(self, trainer: MetaTrainer, learner: Learner, batch: Batch | None) -> Tensor:
         began = time.perf_counter()
-        loss = call(*arguments, seeded=False)
-        self._last[name] = time.perf_counter() - began
+        loss = trainer.step_of(learner, trainer.step, batch, seeded=False)
+        self._last[learner.task.name] = time.perf_counter() - began
         return loss
