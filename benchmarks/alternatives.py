@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, stack_module_state, vmap
 
-from benchmarks.harness import Steps, interleave, ratio, spread, threads, timed
+from benchmarks.harness import interleave, ratio, repeated, spread, threads, timed
 from benchmarks.report import Report, show, show_time
-from benchmarks.workload import Workload
+from benchmarks.workload import TINY, Workload
 from trajshift.experiments.tables import Table
 from trajshift.learner import to_channels_last
 
@@ -29,9 +29,7 @@ class Plan:
 
 
 FULL = Plan(workloads=(Workload(batch_size=32, size=16), Workload()), compiled=True, rounds=10)
-TOY = Plan(
-    workloads=(Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16),), compiled=False, rounds=2
-)
+TOY = Plan(workloads=(TINY,), compiled=False, rounds=2)
 
 
 def measure(*, toy: bool) -> Report:
@@ -59,16 +57,6 @@ def measure(*, toy: bool) -> Report:
     )
     report.tables.append(Table(["case", "T", "way", "a step", "times as fast"], rows, caption))
     return report
-
-
-def repeated(step: Callable[[], object]) -> Steps:
-    """A step as `Steps`."""
-
-    def take(count: int) -> None:
-        for _ in range(count):
-            step()
-
-    return take
 
 
 class Learners:

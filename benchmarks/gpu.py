@@ -20,7 +20,7 @@ from benchmarks.paper import PaperPlan, Shape, measure_paper
 from benchmarks.report import Claim, Report, show, show_time
 from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
-from benchmarks.workload import Workload, build_trainer, engine_of, own_bytes
+from benchmarks.workload import TINY, Workload, build_trainer, engine_of, own_bytes
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
 from trajshift.progress import duration
@@ -67,11 +67,10 @@ FULL = Plan(
     large=Workload(model="resnet18", size=224, batch_size=256, images=512),
     large_steps=10,
 )
-_TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
 TOY = Plan(
     paper=PaperPlan(
         shapes=(Shape("grey", 8, 3, 16, channels=1), Shape("coloured", 12, 2, 16)),
-        workload=replace(_TINY, bfloat16=True),
+        workload=replace(TINY, bfloat16=True),
         block=2,
         rounds=3,
         warmup=1,
@@ -79,14 +78,14 @@ TOY = Plan(
         matrix=64,
         copy=2**16,
     ),
-    small=_TINY,
+    small=TINY,
     block=2,
     rounds=2,
     warmup=1,
-    flat=(("toy", _TINY),),
+    flat=(("toy", TINY),),
     flat_block=1e5,
     memory_tasks=(1, 2),
-    large=_TINY,
+    large=TINY,
     large_steps=2,
 )
 

@@ -97,6 +97,16 @@ def interleave(
     return seconds
 
 
+def repeated(step: Callable[[], object]) -> Steps:
+    """One step as `Steps`."""
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    return take
+
+
 def timed(steps: Steps, device: torch.device | str = "cpu") -> Take:
     """A side of code in this process; on a GPU the clock stops when the device is done."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.figure import Dot, Dots
 from benchmarks.harness import CORES, Process, interleave, ratio, spread
 from benchmarks.report import Claim, Report, show, show_time
-from benchmarks.workload import Workload
+from benchmarks.workload import TINY, Workload
 from trajshift.experiments.tables import Table
 
 NAIVE, OURS = "benchmarks.sides.naive:steps", "benchmarks.sides.ours:steps"
@@ -31,7 +31,7 @@ class Plan:
 
 FULL = Plan(workload=Workload(), cores=tuple(sorted({1, CORES})), rounds=10, warmup=9, default_rounds=3)
 TOY = Plan(
-    workload=Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16),
+    workload=TINY,
     cores=(min(2, CORES),),
     rounds=2,
     warmup=1,

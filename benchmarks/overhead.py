@@ -23,7 +23,7 @@ from benchmarks.harness import interleave, once, ratio, spread, threads, timed
 from benchmarks.report import Claim, Report, show, show_time
 from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
-from benchmarks.workload import Workload, build_trainer, random_images
+from benchmarks.workload import TINY, Workload, build_trainer, random_images
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
 from trajshift.recipe import load
@@ -72,13 +72,12 @@ FULL = Plan(
     logged=Workload(batch_size=32, size=16, images=256),
     logged_steps=200,
 )
-_TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
 TOY = Plan(
-    cases=(Case(label="toy", workload=_TINY, limit=3.0, steps=2),),
-    flat=(("toy", _TINY),),
+    cases=(Case(label="toy", workload=TINY, limit=3.0, steps=2),),
+    flat=(("toy", TINY),),
     block=1e5,
     rounds=3,
-    logged=_TINY,
+    logged=TINY,
     logged_steps=12,
 )
 

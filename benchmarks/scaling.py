@@ -12,7 +12,7 @@ from benchmarks.figure import Dot, Dots
 from benchmarks.flat import flat_table, measure_flat
 from benchmarks.harness import CORES, Process, interleave, once, ratio, spread, threads
 from benchmarks.report import Claim, Report, show, show_time
-from benchmarks.workload import Workload, build_trainer, own_bytes
+from benchmarks.workload import TINY, Workload, build_trainer, own_bytes
 from trajshift.experiments.tables import Table
 
 OURS = "benchmarks.sides.ours:steps"
@@ -54,18 +54,17 @@ FULL = Plan(
     of_ranks=Workload(),
     rounds=20,
 )
-_TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
 TOY = Plan(
     tasks=(2, 4),
     reference_tasks=2,
-    of_tasks=_TINY,
+    of_tasks=TINY,
     horizons=(2, 8),
-    of_horizons=_TINY,
+    of_horizons=TINY,
     block=4,
     widths=(4, 8),
     flat_block=1e5,
     ranks=2,
-    of_ranks=_TINY,
+    of_ranks=TINY,
     rounds=2,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,15 @@ class Workload:
             image_task(f"task{t}", data, outputs=self.classes, crop_padding=PADDING, flip=True)
             for t in range(self.tasks)
         ]
+
+
+TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
+"""As small as can be."""
+
+
+def sgd(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.SGD:
+    """The inner optimizer as ordinary PyTorch has it."""
+    return torch.optim.SGD(parameters, lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **options)
 
 
 def random_images(

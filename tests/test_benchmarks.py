@@ -21,9 +21,8 @@ from benchmarks.sides.naive import Naive
 from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
 from benchmarks.traffic import count
-from benchmarks.workload import META_LR, Workload, build_trainer
+from benchmarks.workload import META_LR, TINY, build_trainer
 
-TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
 OURS = "benchmarks.sides.ours:steps"
 
 

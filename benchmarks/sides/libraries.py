@@ -7,15 +7,14 @@ follows the gradient of the loss at the end with respect to the start (MAML), th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Steps
-from benchmarks.workload import INNER_LR, META_LR, MOMENTUM, WEIGHT_DECAY, Workload
+from benchmarks.harness import Steps, repeated
+from benchmarks.workload import INNER_LR, META_LR, MOMENTUM, WEIGHT_DECAY, Workload, sgd
 from trajshift.data.batches import TaskBatches
 
 
@@ -50,22 +49,12 @@ class _Round:
             phi.sub_(gradient, alpha=META_LR)
 
 
-def _repeat(one: Callable[[], None]) -> Steps:
-    """Rounds; what one of them made is gone before the next."""
-
-    def take(count: int) -> None:
-        for _ in range(count):
-            one()
-
-    return take
-
-
 def higher_first_order(**workload: Any) -> Steps:
     """`higher` with `track_higher_grads=False`."""
     import higher
 
     setting = _Round(workload)
-    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    inner = sgd(setting.model.parameters())
 
     def one() -> None:
         with higher.innerloop_ctx(setting.model, inner, track_higher_grads=False) as (fast, optimizer):
@@ -73,7 +62,7 @@ def higher_first_order(**workload: Any) -> Steps:
                 optimizer.step(setting.loss(fast))
             setting.towards(list(fast.parameters()))
 
-    return _repeat(one)
+    return repeated(one)
 
 
 def higher_unrolled(**workload: Any) -> Steps:
@@ -81,7 +70,7 @@ def higher_unrolled(**workload: Any) -> Steps:
     import higher
 
     setting = _Round(workload)
-    inner = torch.optim.SGD(setting.model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    inner = sgd(setting.model.parameters())
 
     def one() -> None:
         with higher.innerloop_ctx(setting.model, inner, copy_initial_weights=False) as (fast, optimizer):
@@ -89,7 +78,7 @@ def higher_unrolled(**workload: Any) -> Steps:
                 optimizer.step(setting.loss(fast))
             setting.against(torch.autograd.grad(setting.loss(fast), list(fast.parameters(time=0))))
 
-    return _repeat(one)
+    return repeated(one)
 
 
 def torchopt_first_order(**workload: Any) -> Steps:
@@ -107,7 +96,7 @@ def torchopt_first_order(**workload: Any) -> Steps:
             optimizer.step()
         setting.towards(list(fast.parameters()))
 
-    return _repeat(one)
+    return repeated(one)
 
 
 def torchopt_unrolled(**workload: Any) -> Steps:
@@ -126,4 +115,4 @@ def torchopt_unrolled(**workload: Any) -> Steps:
         torchopt.recover_state_dict(setting.model, start)
         setting.against(gradients)
 
-    return _repeat(one)
+    return repeated(one)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Steps
-from benchmarks.workload import INNER_LR, META_LR, MOMENTUM, PADDING, WEIGHT_DECAY, Workload, random_images
+from benchmarks.workload import META_LR, PADDING, Workload, random_images, sgd
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -73,10 +73,7 @@ class Naive:
             self.loaders.append(
                 endless(DataLoader(dataset, batch_size=workload.batch_size, shuffle=True, drop_last=True))
             )
-        self.optimizers = [
-            torch.optim.SGD(m.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-            for m in self.models
-        ]
+        self.optimizers = [sgd(model.parameters()) for model in self.models]
         self.phi = {name: p.detach().clone() for name, p in first.named_parameters() if not name.startswith("fc.")}
         self.thetas = {name: [model.get_parameter(name) for model in self.models] for name in self.phi}
         self.step = 0

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.harness import Steps
+from benchmarks.harness import Steps, repeated
 from benchmarks.workload import Workload, build_trainer
 from trajshift import MetaTrainer
 
 
 def advance(trainer: MetaTrainer) -> Steps:
     """Steps of a trainer: one inner step of all its learners each."""
-
-    def take(count: int) -> None:
-        for _ in range(count):
-            trainer.advance()
-
-    return take
+    return repeated(trainer.advance)
 
 
 def steps(*, engine: str, **workload: Any) -> Steps:

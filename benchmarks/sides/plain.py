@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from benchmarks.workload import INNER_LR, MOMENTUM, WEIGHT_DECAY
+from benchmarks.workload import sgd
 from trajshift import MetaTrainer
 
 
@@ -18,10 +18,7 @@ class Plain:
         self.device, self.autocast = trainer.device.type, trainer.autocast
         self.models = [copy.deepcopy(learner.module) for learner in trainer.learners]
         self.batches = [learner.batches for learner in trainer.learners]
-        self.optimizers = [
-            torch.optim.SGD(model.parameters(), lr=INNER_LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-            for model in self.models
-        ]
+        self.optimizers = [sgd(model.parameters(), fused=True) for model in self.models]
         self.step = trainer.step
 
     def take(self, count: int) -> None:
