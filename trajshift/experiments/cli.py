@@ -51,7 +51,7 @@ def approximation_error(
 ) -> None:
     """How far a shifted trajectory is from the one it stands for (section 3.3): figure 3, orders, better shifts.
 
-    About 15 minutes on two cores with the default recipe; what is measured is kept, and the same command goes on.
+    About 8 minutes on two cores with the default recipe; what is measured is kept, and the same command goes on.
     """
     from trajshift.commands import split_words
     from trajshift.experiments.approximation.experiment import run_experiment
