@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from benchmarks.harness import Steps, repeated
@@ -17,6 +18,12 @@ def advance(trainer: MetaTrainer) -> Steps:
 def steps(*, engine: str, **workload: Any) -> Steps:
     """Steps of a new trainer."""
     return advance(build_trainer(Workload(**workload), engine=engine))
+
+
+def alone(*, engine: str, **workload: Any) -> Steps:
+    """Steps of a new trainer that says nothing to the other processes torchrun started."""
+    os.environ["WORLD_SIZE"] = "1"
+    return steps(engine=engine, **workload)
 
 
 def rounds(**workload: Any) -> Steps:
