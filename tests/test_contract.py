@@ -1,7 +1,8 @@
-"""One contract that every preset keeps, on small tasks."""
+"""One contract that every preset keeps in every engine, on small tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +21,49 @@ from learners import (
     same_bits,
     text_tasks,
 )
+from recording import Recorder
 from torch import Tensor, nn
 
-from trajshift import METHODS, Inner, MetaTrainer, Task
+from trajshift import METHODS, Inner, MetaTrainer, Task, engines
 from trajshift.checkpoint import load, save
+from trajshift.engines import Engine, Graph, Parallel
 
 every_preset = pytest.mark.parametrize("method", METHODS)
 Dropout = partial(ConvNet, dropout=0.4)
+
+
+class SideBySide(Parallel):
+    """Does not try the loop's way too."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.side_by_side = True
+
+
+def recorded(trainer: MetaTrainer) -> Engine | str:
+    """The graph engine on the CPU, where nothing is in its way."""
+    return Graph.obstacle(trainer) or engines._draws(trainer) or Graph(Recorder())
+
+
+@pytest.fixture(autouse=True, params=["loop", "parallel", "graph"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `auto` chooses for a mix; one that the engine cannot run stays with the loop."""
+    if request.param == "parallel":
+        torch.set_num_threads(2)
+        monkeypatch.setattr(engines, "Parallel", SideBySide)
+    elif request.param == "graph":
+        monkeypatch.setattr(engines, "_parallel", recorded)
+    yield
+    torch.set_num_threads(1)
+
+
+@every_preset
+def test_every_engine_has_its_mixes(method: str, request: pytest.FixtureRequest) -> None:
+    chosen = make(method, image_tasks()).engine.name
+    unrecorded = {"random-shifting", "accurate", "leap", "imaml"}
+    able = {"loop": False, "parallel": not METHODS[method].single, "graph": method not in unrecorded}
+    asked = request.node.callspec.params["engine"]
+    assert chosen == (asked if able[asked] else "loop")
 
 
 @every_preset
