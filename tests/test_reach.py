@@ -50,8 +50,21 @@ def test_the_first_checkpoint_at_least_as_good_counts() -> None:
     assert steps["reptile"] == {"a": 400, "b": 400, "average": 400}
     assert steps["mtl"] == {"a": None, "b": 400, "average": None}
     assert found.header() == ["method", "a", "b", "average"]
-    assert found.cells()[0] == ["shift", "200 (2x)", "100 (4x)", "200 (2x)"]
-    assert found.cells()[2] == ["mtl", NOT_REACHED, "400 (1x)", NOT_REACHED]
+    assert found.cells()[0][1] == "200 (2x); seeds 200 to 200"
+    assert found.cells()[2][1] == f"{NOT_REACHED}; in no seed"
+
+
+def test_every_seed_is_held_against_the_reference_in_that_seed() -> None:
+    """Seed 0 of shift is as good at once, seed 1 never; their means are at the end."""
+    rows = made({"shift": {"a": [0.3, 0.4, 0.7]}, "reptile": {"a": [0.3, 0.6, 0.7]}})
+    for row in rows:
+        if row["label"] == "shift":
+            row["accuracy"] = {0: 0.9, 1: {400: 0.5}.get(row["inner_steps"], 0.1)}[row["seed"]]
+    shift, reptile = table(rows).lines
+    assert shift.steps == {"a": 400}
+    assert shift.by_seed == {"a": [100, None]}
+    assert reptile.by_seed == {"a": [400, 400]}
+    assert [line[1] for line in table(rows).cells()] == ["400 (1x); seeds 100 to never", "400 (1x); seeds 400 to 400"]
 
 
 def test_a_loss_is_better_the_lower() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from trajshift.comparison import FINAL, UNTRAINED, Row, Summary, curves
+from trajshift.comparison import FINAL, UNTRAINED, Curve, Row, Summary, curves
 
 AVERAGE = "average"
 NOT_REACHED = "not reached"
@@ -18,6 +19,8 @@ class Reach:
     label: str
     steps: dict[str, int | None]
     """Target, or `average` -> cumulative inner steps per task; None where no checkpoint is as good."""
+    by_seed: dict[str, list[int | None]]
+    """The same for every seed that the reference has too, against the reference's end in that seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,18 +40,26 @@ class ReachTable:
         return ["method", *self.goals]
 
     def cells(self) -> list[list[str]]:
-        """Inner steps, and in brackets how many times fewer (or more, below 1) than the reference's budget."""
-        return [[line.label, *(self._show(line.steps[name]) for name in self.goals)] for line in self.lines]
+        """Inner steps, how many times fewer (or more, below 1) than the reference's budget, and the seeds' range."""
+        return [[line.label, *(self._show(line, name) for name in self.goals)] for line in self.lines]
 
-    def _show(self, steps: int | None) -> str:
-        return NOT_REACHED if steps is None else f"{steps:,} ({self.budget / steps:.3g}x)"
+    def _show(self, line: Reach, name: str) -> str:
+        steps, seeds = line.steps[name], line.by_seed[name]
+        text = NOT_REACHED if steps is None else f"{steps:,} ({self.budget / steps:.3g}x)"
+        if len(seeds) < 2:
+            return text
+        reached = sorted(one for one in seeds if one is not None)
+        if not reached:
+            return f"{text}; in no seed"
+        last = f"{reached[-1]:,}" if len(reached) == len(seeds) else "never"
+        return f"{text}; seeds {reached[0]:,} to {last}"
 
 
 def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") -> ReachTable | None:
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
-    A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. Means alone
-    decide, so where intervals are wide the number is loose.
+    A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
+    means over seeds; how far seeds disagree is in `by_seed`.
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
     # steps need checkpoints: what was fine-tuned at the end alone says nothing about when
@@ -61,14 +72,39 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     goals = {name: best.targets[name].mean for name in final.targets if name in best.targets}
     if len(final.targets) > 1 and best.average is not None:
         goals[AVERAGE] = best.average.mean
-    first: dict[str, dict[str, int | None]] = {row["label"]: dict.fromkeys(goals) for row in chosen}
-    for name, goal in goals.items():
-        for curve in curves(chosen, "inner_steps", metric=final.metric, target=None if name == AVERAGE else name):
-            reached = [x for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and sign * (y.mean - goal) >= -1e-12]
-            first[curve.label][name] = int(reached[0]) if reached else None
+    seeds = sorted({row["seed"] for row in chosen if row["label"] == best.label})
+    of_seed = {seed: [row for row in chosen if row["seed"] == seed] for seed in seeds}
+    steps, by_seed = {}, {}
+    for name in goals:
+        curve = partial(curves, x="inner_steps", metric=final.metric, target=None if name == AVERAGE else name)
+        steps[name] = _first(curve(chosen), sign, goals[name])
+        by_seed[name] = [_first(curve(rows), sign, _end(curve(rows), best.label)) for rows in of_seed.values()]
     return ReachTable(
         reference=best.label,
         budget=best.inner_steps,
         goals=goals,
-        lines=tuple(Reach(label=label, steps=steps) for label, steps in first.items()),
+        lines=tuple(
+            Reach(
+                label=label,
+                steps={name: steps[name].get(label) for name in goals},
+                by_seed={name: [one[label] for one in by_seed[name] if label in one] for name in goals},
+            )
+            for label in dict.fromkeys(row["label"] for row in chosen)
+        ),
     )
+
+
+def _end(found: Sequence[Curve], label: str) -> float | None:
+    """The last mean of a method; None where it has none."""
+    return next((curve.y[-1].mean for curve in found if curve.label == label), None)
+
+
+def _first(found: Sequence[Curve], sign: float, goal: float | None) -> dict[str, int | None]:
+    """Of every method the inner steps of the first mean that is as good as the goal; nothing without a goal."""
+    first: dict[str, int | None] = {}
+    if goal is None:
+        return first
+    for curve in found:
+        reached = [x for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and sign * (y.mean - goal) >= -1e-12]
+        first[curve.label] = int(reached[0]) if reached else None
+    return first

@@ -120,7 +120,8 @@ def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> Non
     caption = (
         f"Cumulative inner steps per task at the first checkpoint whose mean over seeds is at least as good as that of "
         f"{table.reference} after all its {table.budget:,}, and how many times fewer that is. Checkpoints lie apart, "
-        "so each number is an upper bound; means alone decide."
+        "so each number is an upper bound. Behind it the fewest and the most that a seed needs to be as good as "
+        f"{table.reference} in that seed."
     )
     page.table(table.header(), table.cells(), caption)
     reach_csv(folder / "reach.csv", table)
