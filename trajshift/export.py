@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from trajshift.reach import ReachTable
 from trajshift.statistics import Estimate
 
 AVERAGE = "average of targets"
+
+Show = Callable[[Estimate | None], str]
+"""Mean and interval as text."""
 
 
 def write_markdown(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
@@ -63,6 +66,17 @@ def curves_csv(file: Path, panels: Mapping[str, Sequence[Curve]], x: str, metric
         for place, estimate in zip(curve.x, curve.y, strict=True)
     ]
     write_csv(file, ["method", "target", x, f"mean_{metric}", "half_width", "seeds"], rows)
+
+
+def curves_markdown(file: Path, panels: Mapping[str, Sequence[Curve]], show: Show, caption: str) -> None:
+    """A line for every target and method, a column for every place."""
+    places = sorted({place for found in panels.values() for curve in found for place in curve.x})
+    rows = []
+    for target, found in panels.items():
+        for curve in found:
+            at = dict(zip(curve.x, curve.y, strict=True))
+            rows.append([target, curve.label, *(show(at.get(place)) for place in places)])
+    write_markdown(file, ["target", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
 
 
 def reach_csv(file: Path, table: ReachTable) -> None:

@@ -6,6 +6,7 @@ Each figure is saved as SVG and PNG, each table as CSV (numbers) and Markdown (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trajshift.comparison import (
     show_p,
     summary_tables,
 )
-from trajshift.export import AVERAGE, curves_csv, reach_csv, summary_csv, tests_csv, write_markdown
+from trajshift.export import AVERAGE, curves_csv, curves_markdown, reach_csv, summary_csv, tests_csv, write_markdown
 from trajshift.page import Page
 from trajshift.reach import reach_table
 from trajshift.statistics import PairedTest
@@ -107,8 +108,8 @@ def against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figur
         "counted): mean and 95% t-interval over seeds."
     )
     page.figure(figures.save(figure, "inner_steps", folder), caption)
-
     curves_csv(folder / "inner_steps.csv", panels, "inner_steps", final.metric)
+    curves_markdown(folder / "inner_steps.md", panels, final.show, caption)
     _reach(page, rows, final, folder)
 
 
@@ -140,7 +141,7 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
         "Test result against the number of training images of the target (class-balanced subsets, the same for every "
         "method at one seed): mean and 95% t-interval over seeds."
     )
-    _few_data_figure(page, chosen, metric, styles, folder, "few_data", caption)
+    _few_data_figure(page, chosen, final, styles, folder, "few_data", caption)
     for start in UNTRAINED:
         base = {_cell(row): row[metric] for row in chosen if row["label"] == start}
         gains = [
@@ -152,7 +153,7 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
             name = f"gain_over_{start.replace(' ', '_')}"
             ylabel = f"gain in {metric}{', points' if final.percent else ''}"
             caption = f"The same as a difference from {start}, seed by seed: mean and 95% t-interval over seeds."
-            _few_data_figure(page, gains, metric, styles, folder, name, caption, ylabel)
+            _few_data_figure(page, gains, final, styles, folder, name, caption, ylabel)
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
@@ -162,14 +163,14 @@ def _cell(row: Row) -> tuple[Any, ...]:
 def _few_data_figure(
     page: Page,
     rows: Sequence[Row],
-    metric: str,
+    final: Summary,
     styles: figures.Looks,
     folder: Path,
     name: str,
     caption: str,
     ylabel: str | None = None,
 ) -> None:
-    targets = list(dict.fromkeys(row["target"] for row in rows))
+    metric, targets = final.metric, list(dict.fromkeys(row["target"] for row in rows))
     panels = {target: curves(rows, "images", metric=metric, target=target) for target in targets}
     average = curves(rows, "images", metric=metric)
     if len(targets) > 1 and average:
@@ -177,6 +178,8 @@ def _few_data_figure(
     figure = figures.curve_figure(panels, styles, metric=metric, xlabel="training images", ylabel=ylabel, log=True)
     page.figure(figures.save(figure, name, folder), caption)
     curves_csv(folder / f"{name}.csv", panels, "train_images", metric)
+    show = final.show if ylabel is None else partial(final.show, signed=True)
+    curves_markdown(folder / f"{name}.md", panels, show, caption)
 
 
 def _capital(text: str) -> str:
