@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from trajshift import Inner, MetaTrainer, Task, UsageError
 from trajshift.checkpoint import load, save
 from trajshift.data.images import image_task
 from trajshift.engines import Graph, choose
+from trajshift.engines.graph import CudaRecorder, lanes_for
 from trajshift.models import build
+from trajshift.repeatable import repeatable
 
 STEPS = 50
 
@@ -85,6 +88,51 @@ def test_a_recording_really_bakes_its_numbers_in() -> None:
     assert out == 3.0
     with pytest.raises(AssertionError, match="waited"):
         Recorder().record(lambda: out.fill_(device.item()))
+
+
+class FakeStream:
+    """Remembers for which streams it was made to wait."""
+
+    def __init__(self, device: object) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+def test_a_recording_waits_for_the_lanes_that_it_used_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses a recording that waits for a stream outside it."""
+    main = FakeStream(None)
+    for name, value in (
+        ("Stream", FakeStream), ("graph_pool_handle", lambda: None), ("current_stream", lambda device: main),
+        ("stream", lambda stream: nullcontext()),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = CudaRecorder(torch.device("cuda"), lanes=3)
+    for rows in ((0, 1), (0, 1, 2, 3)):
+        main.waited.clear()
+        for row in rows:
+            with recorder.lane(row):
+                pass
+        recorder.join()
+        assert main.waited == recorder._lanes[: len(rows)]
+    assert all(set(lane.waited) == {main} for lane in recorder._lanes)
+
+
+def test_learners_with_large_batches_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for small, lanes in ((5 * 3 * 9 * 9, 4), (5 * 3 * 9 * 9 - 1, 1)):
+        monkeypatch.setattr("trajshift.engines.graph.SMALL", small)
+        assert lanes_for(trainer("loop")) == lanes
+
+
+def test_cudnn_takes_repeatable_algorithms_for_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    for device, inside in (("cuda", (True, False)), ("cpu", (False, True))):
+        with repeatable(torch.device(device)):
+            assert (cudnn.deterministic, cudnn.benchmark) == inside
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
 
 
 def test_the_tables_are_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from trajshift.learner import (
     to_channels_last,
 )
 from trajshift.recipe_fields import SGD_OPTIONS
+from trajshift.repeatable import repeatable
 from trajshift.task import Task
 from trajshift.trajectories import is_in_head
 
@@ -157,8 +158,7 @@ def finetune(
     task = few(task, train_images, seed)
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     batches = TaskBatches(task, seed=seed, batch_size=batch_size, device=device, dtype=kind)
-    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with generators, closing(Stream({task.name: batches}, workers)):
+    with repeatable(device), closing(Stream({task.name: batches}, workers)):
         start_statistics(module, task, batches, running_stats, initialization)
         training = _Training(module, task, batches, inner, seed, steps)
         curve = training.run(evaluate_every, progress)

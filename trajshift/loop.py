@@ -25,6 +25,7 @@ from trajshift.metagrad import MetaGradient
 from trajshift.plan import plan_method, plan_model, plan_outer, plan_renew, plan_tasks
 from trajshift.presets import Method
 from trajshift.probe import RosterProbe
+from trajshift.repeatable import repeatable
 from trajshift.roster import Roster
 from trajshift.tally import Tally
 from trajshift.task import Batch, Task
@@ -229,7 +230,7 @@ class MetaTrainer:
 
     def advance(self) -> Event:
         """One inner step of all learners, and the meta-update if one is due (Algorithm 2, lines 6 to 13)."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.engine.running():
+        with repeatable(self.device), self.engine.running():
             if self.k == 0:
                 self._reset()
             losses, due = self.engine.step(self)

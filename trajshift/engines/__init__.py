@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trajshift.engines.base import Engine
-from trajshift.engines.graph import CudaRecorder, Graph
+from trajshift.engines.graph import CudaRecorder, Graph, lanes_for
 from trajshift.engines.memory import keep_memory
 from trajshift.engines.parallel import Parallel
 from trajshift.errors import UsageError, nearest
@@ -63,7 +63,7 @@ def _parallel(trainer: MetaTrainer) -> Engine | str:
 def _graph(trainer: MetaTrainer) -> Engine | str:
     if trainer.device.type != "cuda":
         return f"it is for CUDA and the device is {trainer.device}"
-    return Graph.obstacle(trainer) or _draws(trainer) or Graph(CudaRecorder(trainer.device))
+    return Graph.obstacle(trainer) or _draws(trainer) or Graph(CudaRecorder(trainer.device, lanes_for(trainer)))
 
 
 def _draws(trainer: MetaTrainer) -> str | None:

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 AHEAD = 128
 """Steps for which indices, augmentation and learning rates are put on the device at once."""
+LANES = 4
+"""Streams on which learners run side by side."""
+SMALL = 4_000_000
+"""Numbers in a batch (128 images of 3 x 84 x 84 pixels are 2.7 million) up to which they do. A larger one fills the
+device by itself, and every lane holds the activations of its own learner. Reasoned, not measured."""
 _WARMUP = 3
 """Steps taken without recording wherever addresses are new."""
 
@@ -58,10 +63,11 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs that share one memory pool, over several streams."""
 
-    def __init__(self, device: torch.device, lanes: int = 4) -> None:
+    def __init__(self, device: torch.device, lanes: int = LANES) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._lanes = [torch.cuda.Stream(device) for _ in range(lanes)]
+        self._used: set[int] = set()
         self._capture = torch.cuda.Stream(device)
 
     def record(self, body: Body) -> Body:
@@ -82,15 +88,18 @@ class CudaRecorder:
     @contextmanager
     def lane(self, number: int) -> Iterator[None]:
         """One of the streams, by turns."""
-        stream = self._lanes[number % len(self._lanes)]
+        number %= len(self._lanes)
+        self._used.add(number)
+        stream = self._lanes[number]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             yield
 
     def join(self) -> None:
-        """The current stream waits for all others."""
-        for stream in self._lanes:
-            torch.cuda.current_stream(self._device).wait_stream(stream)
+        """The current stream waits for the lanes used; one that is not part of the recording must not be waited for."""
+        for number in sorted(self._used):
+            torch.cuda.current_stream(self._device).wait_stream(self._lanes[number])
+        self._used.clear()
 
 
 class Clock:
@@ -258,6 +267,17 @@ class Graph(Engine):
             clock.advance()
 
         return body
+
+
+def lanes_for(trainer: MetaTrainer) -> int:
+    """How many learners of a run that can be recorded should run side by side."""
+    numbers = [
+        (task.batch_size or trainer.roster.batch_size) * leaf[0].numel()
+        for task in trainer.roster.tasks.values()
+        if isinstance(source := as_source(task.train), ArraySource)
+        for leaf in tree_leaves(source.tree)
+    ]
+    return LANES if max(numbers) <= SMALL else 1
 
 
 def _transform(transform: object) -> ImageTransform | None:
