@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.figure import Dot, Dots
 from benchmarks.harness import interleave, once, spread, timed
+from benchmarks.idle import idle_percent
 from benchmarks.report import Claim, Report, show_time
 from benchmarks.sides.ours import advance
 from benchmarks.traffic import Work, count
@@ -19,6 +20,10 @@ from trajshift.experiments.tables import Table
 STEPS = 200_000
 """K * M of section 4.2."""
 LIMIT_MINUTES = 60.0
+LIMIT_FLOOR = 40.0
+"""Percent of the rate that the floor allows."""
+LIMIT_IDLE = 5.0
+"""Percent of the time without a kernel, which a trace shows as gaps."""
 LIMIT_STEP = 18.0
 """Milliseconds of a meta-step: 200,000 of them take the hour."""
 
@@ -114,6 +119,9 @@ def measure_paper(plan: PaperPlan, device: torch.device, report: Report) -> None
         "flops per second": floor.flops_per_second, "bytes per second": floor.bytes_per_second,
     }  # fmt: skip
     _tell(plan, report, trainer, seconds, slow, floor)
+    idle = idle_percent(lambda: advance(trainer)(plan.block), device)
+    if idle is not None:
+        report.claims.append(Claim("the paper's run, time without a kernel", once(idle), LIMIT_IDLE, " %"))
 
 
 def _tell(
@@ -124,6 +132,13 @@ def _tell(
     report.claims += [
         Claim("the paper's run, a meta-step", step, LIMIT_STEP, " ms"),
         Claim("the paper's run, whole (extrapolated)", once(minutes), LIMIT_MINUTES, " min"),
+        Claim(
+            "the paper's run, share of the floor's rate",
+            once(100 * floor.seconds / found.median),
+            LIMIT_FLOOR,
+            " %",
+            at_least=True,
+        ),
     ]
     engine = engine_of(trainer)
     dots = [

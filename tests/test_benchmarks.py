@@ -16,6 +16,7 @@ from benchmarks import alternatives, gpu, libraries
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.alternatives import Learners
 from benchmarks.harness import Process, SideFailed, Spread, interleave, ratio, spread
+from benchmarks.idle import gaps_percent, idle_percent
 from benchmarks.report import Claim, write
 from benchmarks.sides.naive import Naive
 from benchmarks.sides.ours import advance
@@ -103,6 +104,13 @@ def test_all_parts_of_the_gpu_benchmark_run(tmp_path: Path) -> None:
     assert [part[:2] for part in parts] == [
         [name, "done"] for name in ("the paper's run", "engines", "flat update", "memory", "ResNet18")
     ]
+
+
+def test_time_that_no_kernel_covers() -> None:
+    """Of 10 units, 2 to 3 and 7 to 9 lie bare; intervals may overlap and hold one another."""
+    assert gaps_percent([(5.0, 7.0), (0.0, 2.0), (3.0, 6.0), (3.5, 4.0), (9.0, 10.0)]) == pytest.approx(30.0)
+    assert gaps_percent([(1.0, 2.0)]) == 0.0
+    assert idle_percent(lambda: None, torch.device("cpu")) is None
 
 
 def test_a_part_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
