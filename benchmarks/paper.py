@@ -67,8 +67,8 @@ class PaperPlan:
     block: int = 25
     rounds: int = 40
     """Blocks: 1,000 steps, a reset among them."""
-    warmup: int = 2
-    """Blocks in which the engine captures its graphs."""
+    warmup: int = 82
+    """Blocks in which the engine captures its graphs: the last kind of step comes at the end of the second round."""
     eager_steps: int = 40
     matrix: int = 8192
     """On a side, of the product that gives the rate of computing."""

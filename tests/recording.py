@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.masked_fill_.Tensor)
+"""Operations whose CUDA kernels read a value on the host."""
+
 
 class _Recording(TorchDispatchMode):
     """Every operation below autograd, and what memory it wrote to that was there before."""
@@ -23,7 +26,8 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a recorded step waited for the device"
+        if func in _WAITING:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         written = [
             leaf
             for argument, value in _arguments(func, args, kwargs)
@@ -67,10 +71,13 @@ class Recorder:
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         self.records += 1
-        with _Recording() as recording:
-            body()
-        for tensor, value in recording.before.values():
-            tensor.copy_(value)  # a recording does no work
+        recording = _Recording()
+        try:
+            with recording:
+                body()
+        finally:
+            for tensor, value in recording.before.values():
+                tensor.copy_(value)  # a recording does no work
 
         def replay() -> None:
             self.replays += 1
@@ -82,6 +89,9 @@ class Recorder:
                             old.copy_(mine.view(old.shape))  # whose shape was changed in place later
 
         return replay
+
+    def forget(self) -> None:
+        self.records = 0
 
     @contextmanager
     def warm(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ MIXES: list[dict[str, Any]] = [
     {"method": "reptile"},
     {"method": "no-shifting", "meta_every": 3},
     {"method": "fomaml"},
+    {"method": "anil"},
     {"method": "mtl"},
     {"grad_clip": 0.5, "renew": ("heads", "statistics")},
 ]
@@ -86,8 +87,66 @@ def test_a_recording_really_bakes_its_numbers_in() -> None:
     device.fill_(2.0)
     replay()
     assert out == 3.0
-    with pytest.raises(AssertionError, match="waited"):
+    with pytest.raises(RuntimeError, match="not permitted"):
         Recorder().record(lambda: out.fill_(device.item()))
+
+
+def test_every_kind_of_step_is_taken_once_before_it_is_recorded() -> None:
+    """Reptile's meta-update, which comes at the end of a round, is warmed up at the end of the first."""
+    recorder = Recorder()
+    reptile = trainer(Graph(recorder), method="reptile")
+    seen = []
+    for _ in range(3 * 12):
+        before, step = recorder.records, reptile.advance().step
+        seen += [step] if recorder.records > before else []
+    assert seen == [4, 24]
+
+
+class Peeking(torch.nn.Module):
+    """Reads a value on the host, which a recording forbids; and leaves gradients behind when it does."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.body = build("conv", task, width=4, depth=2).double()
+        self.peeks = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.body(x)
+        return out * float(out.detach().sum().sign().abs()) if self.peeks else out
+
+
+@pytest.mark.parametrize("method", ["trajectory-shifting", "mtl"])
+def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None:
+    def build_trainer(engine: Any) -> MetaTrainer:
+        options = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125)}
+        made = MetaTrainer(Peeking, tasks(), method, engine=engine, head="body.fc", **options)
+        made.advance()
+        made.learners[1].module.peeks = True
+        return made
+
+    loop, graph = build_trainer("loop"), build_trainer(Graph(Recorder(), or_loop=True))
+    run(loop, 2)
+    run(graph, 2)
+    with pytest.warns(UserWarning, match="cannot be recorded .*not permitted"):
+        graph.advance()
+    loop.advance()
+    assert graph.engine.name == "loop"
+    assert "not permitted" in graph.engine.why
+    run(loop, 20)
+    run(graph, 20)
+    torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-9, atol=1e-9)
+    strict = build_trainer(Graph(Recorder()))
+    run(strict, 2)
+    with pytest.raises(UsageError, match=r"engine graph: a step cannot be recorded .*; use engine=auto"):
+        strict.advance()
+
+
+def test_a_model_that_starts_to_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trainer(Graph(Recorder()))
+    graph.advance()
+    graph.learners[0].module.register_forward_hook(lambda module, inputs, out: out + 0.0 * torch.rand(()))
+    with pytest.raises(UsageError, match="drew random numbers at inner step 2"):
+        graph.advance()
 
 
 class FakeStream:
@@ -119,8 +178,25 @@ def test_a_recording_waits_for_the_lanes_that_it_used_alone(monkeypatch: pytest.
     assert all(set(lane.waited) == {main} for lane in recorder._lanes)
 
 
+def test_a_recording_that_fails_leaves_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[object] = []
+    for name, value in (
+        ("Stream", FakeStream), ("graph_pool_handle", lambda: None), ("current_stream", lambda device: "main"),
+        ("CUDAGraph", object), ("graph", lambda graph, **options: nullcontext()), ("set_stream", chosen.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def fail() -> None:
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaRecorder(torch.device("cuda")).record(fail)
+    assert chosen == ["main"]
+
+
 def test_learners_with_large_batches_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    for small, lanes in ((5 * 3 * 9 * 9, 4), (5 * 3 * 9 * 9 - 1, 1)):
+    batch = 5 * (3 * 9 * 9 + 8)  # a label has 8 bytes
+    for small, lanes in ((batch, 4), (batch - 1, 1)):
         monkeypatch.setattr("trajshift.engines.graph.SMALL", small)
         assert lanes_for(trainer("loop")) == lanes
 

@@ -119,6 +119,18 @@ def test_it_tries_both_ways_and_keeps_one() -> None:
 # -- which one -----------------------------------------------------------------------------------------------
 
 
+def test_the_engine_is_chosen_again_when_tasks_join() -> None:
+    def model(task: Task) -> nn.Module:
+        return ConvNet(task, dropout=0.4 if task.name == "images2" else 0.0)
+
+    tasks = image_tasks((2, 3, 5))
+    trainer = run(make("trajectory-shifting", tasks[:2], model), 4)
+    assert trainer.engine.name == "parallel"
+    trainer.set_tasks(tasks)
+    assert trainer.engine.name == "loop"
+    assert "'images2' draws random numbers" in trainer.engine.why
+
+
 def test_auto_says_why_it_stays_with_the_loop() -> None:
     def chosen(**options: Any) -> tuple[str, str]:
         about = make(**{"method": "trajectory-shifting", "tasks": image_tasks((2, 3)), **options}).describe()

@@ -174,6 +174,7 @@ class MetaTrainer:
         self.pending: Callable[[], Tensor] | None = None
         """With `overlap`: waits for the mean meta-gradient `[P]` that phi has yet to follow."""
         self.tally = Tally(self.device, self.layout.dtype)
+        self._asked = engine
         self.engine = choose(engine, self)
         self.world.same(self.initialization.digest(), "the first phi")
 
@@ -405,7 +406,8 @@ class MetaTrainer:
 
         Raises:
             UsageError: in the middle of a round, too few or too many tasks for the method, or a task that does not
-                fit: it lacks a shared parameter, or stays with another number of outputs.
+                fit: it lacks a shared parameter, stays with another number of outputs, or is none for the engine that
+                was asked for.
         """
         if self.k != 0:
             raise UsageError(f"tasks join and leave at a round boundary, and step {self.step} is at k = {self.k}")
@@ -414,3 +416,4 @@ class MetaTrainer:
         self.roster.replace_tasks(listed)
         self.theta.copy_(self.phi)
         self.tally.seat(self.roster.names)
+        self.engine = choose(self._asked, self)

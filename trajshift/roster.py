@@ -20,6 +20,7 @@ from trajshift.distributed import World, balance
 from trajshift.errors import UsageError
 from trajshift.inner import Inner
 from trajshift.learner import Blueprint, Learner, fresh_module, head_key, seeded
+from trajshift.repeatable import generator_state
 from trajshift.task import Task, move
 from trajshift.trajectories import Trajectories
 
@@ -85,9 +86,9 @@ class Roster:
     def draws(self, name: str) -> bool:
         """Whether a training forward pass of the task draws from the global generator, as dropout does."""
         with seeded(0, self.device):
-            before = _generator_state(self.device)
+            before = generator_state(self.device)
             self._trial(self.tasks[name])
-            return not torch.equal(before, _generator_state(self.device))
+            return not torch.equal(before, generator_state(self.device))
 
     def _trial(self, task: Task) -> None:
         """A forward pass of a throw-away module on the first batch, made on the CPU so that no source moves for it."""
@@ -222,10 +223,6 @@ class Roster:
         """Goes back to the snapshot."""
         for learner in self.learners:
             learner.load(*self.snapshots[learner.task.name])
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _checked(tasks: Sequence[Task], tasks_per_round: int | None) -> dict[str, Task]:

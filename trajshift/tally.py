@@ -64,7 +64,8 @@ class Tally:
         """The step led from losses `[T]` to theta `[T, P]`; `step` counts scheduled steps from 1. Only tensors move."""
         # theta too: an overflowing gradient spoils it, and through phi all others, before the next loss tells.
         bad = ~(torch.isfinite(losses) & torch.isfinite(theta.sum(1))) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(bad, step)
+        # not masked_fill_, which reads a tensor's value on the host
+        self.first_bad_step.copy_(torch.where(bad, step, self.first_bad_step))
         if not self._replaying:
             self.loss_sum += losses
 

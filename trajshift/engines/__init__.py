@@ -35,15 +35,14 @@ def choose(engine: str | Engine, trainer: MetaTrainer) -> Engine:
         raise UsageError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if engine == "loop":
         return Engine()
-    made = {"graph": _graph, "parallel": _parallel}
     if engine != "auto":
-        found = made[engine](trainer)
+        found = _graph(trainer) if engine == "graph" else _parallel(trainer)
         if isinstance(found, str):
             raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
         return found
     if trainer.device.type == "cpu":
         keep_memory()
-    found = made["graph" if trainer.device.type == "cuda" else "parallel"](trainer)
+    found = _graph(trainer, or_loop=True) if trainer.device.type == "cuda" else _parallel(trainer)
     return Engine(why=found) if isinstance(found, str) else found
 
 
@@ -60,10 +59,11 @@ def _parallel(trainer: MetaTrainer) -> Engine | str:
     return _draws(trainer) or Parallel(threads)
 
 
-def _graph(trainer: MetaTrainer) -> Engine | str:
+def _graph(trainer: MetaTrainer, *, or_loop: bool = False) -> Engine | str:
     if trainer.device.type != "cuda":
         return f"it is for CUDA and the device is {trainer.device}"
-    return Graph.obstacle(trainer) or _draws(trainer) or Graph(CudaRecorder(trainer.device, lanes_for(trainer)))
+    obstacle = Graph.obstacle(trainer) or _draws(trainer)
+    return obstacle or Graph(CudaRecorder(trainer.device, lanes_for(trainer)), or_loop=or_loop)
 
 
 def _draws(trainer: MetaTrainer) -> str | None:

@@ -8,6 +8,7 @@ The loop's decisions (a meta-update or not, a carry or not) make three kinds of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -18,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.images import ImageTransform
-from trajshift.data.sources import ArraySource, as_source
+from trajshift.data.sources import ArraySource, MappedSource, as_source
 from trajshift.engines.base import Engine
+from trajshift.errors import UsageError
 from trajshift.metagrad import Displacement, LastGradient
 from trajshift.outer import PlainStep
+from trajshift.repeatable import generator_state
 from trajshift.task import Batch
 
 if TYPE_CHECKING:
@@ -32,8 +35,8 @@ AHEAD = 128
 LANES = 4
 """Streams on which learners run side by side."""
 SMALL = 4_000_000
-"""Numbers in a batch (128 images of 3 x 84 x 84 pixels are 2.7 million) up to which they do. A larger one fills the
-device by itself, and every lane holds the activations of its own learner. Reasoned, not measured."""
+"""Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they do. A larger one fills
+the device by itself, and every lane holds the activations of its own learner. Reasoned, not measured."""
 _WARMUP = 3
 """Steps taken without recording wherever addresses are new."""
 
@@ -44,7 +47,15 @@ class Recorder(Protocol):
     """Records device work without doing it."""
 
     def record(self, body: Body) -> Body:
-        """What does the work of `body` whenever called; `body` runs once, its work does not."""
+        """What does the work of `body` whenever called; `body` runs once, its work does not.
+
+        Raises:
+            RuntimeError: the body waits for the device, or does something else that cannot be recorded.
+        """
+        ...
+
+    def forget(self) -> None:
+        """All that was recorded is gone."""
         ...
 
     def warm(self) -> AbstractContextManager[None]:
@@ -65,17 +76,25 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device, lanes: int = LANES) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self.forget()
         self._lanes = [torch.cuda.Stream(device) for _ in range(lanes)]
         self._used: set[int] = set()
         self._capture = torch.cuda.Stream(device)
 
     def record(self, body: Body) -> Body:
         """As `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
-            body()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
+                body()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a recording that fails stays on its own
+            raise
         return graph.replay
+
+    def forget(self) -> None:
+        """As `Recorder`; a pool of memory whose graphs are gone cannot be used again."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def warm(self) -> Iterator[None]:
@@ -108,14 +127,14 @@ class Clock:
     Attributes:
         row: int64 `[1]`, the row of all tables that the step reads.
         step: int64 scalar, scheduled inner steps done.
-        lr: float32 scalar, the inner learning rate.
+        lr: float32 scalar, the inner learning rate; the kernel of the fused optimizer reads no other type.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.lr = torch.zeros((), device=device)
-        self._rates = torch.zeros(AHEAD, device=device)
+        self.lr = torch.zeros((), dtype=torch.float32, device=device)
+        self._rates = torch.zeros(AHEAD, dtype=torch.float32, device=device)
 
     def set(self, step: int, rates: list[float]) -> None:
         """Puts the clock before scheduled step number `step` (from 0); `rates` are those of the table's steps."""
@@ -166,13 +185,21 @@ class Feed:
 
 
 class Graph(Engine):
-    """Records the steps and replays them."""
+    """Records the steps and replays them.
+
+    Args:
+        recorder: how.
+        or_loop: go on with the loop where a step cannot be recorded after all, such as that of a model which reads a
+            value on the host; False stops the run.
+    """
 
     name = "graph"
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, *, or_loop: bool = False) -> None:
         super().__init__()
         self._recorder = recorder
+        self._or_loop = or_loop
+        self._met: set[tuple[bool, bool]] = set()
         self._steps: dict[tuple[bool, bool], Body] = {}
         self._addresses: tuple[int, ...] = ()
         self._warm = 0
@@ -207,7 +234,9 @@ class Graph(Engine):
         if addresses == self._addresses:
             return
         self._addresses, self._warm = addresses, _WARMUP
+        self._met.clear()
         self._steps.clear()
+        self._recorder.forget()
         self._clock = Clock(trainer.device)
         self._losses = trainer.theta.new_zeros(len(trainer.learners))
         self._feeds = [Feed(learner.batches, _transform(learner.task.transform)) for learner in trainer.learners]
@@ -223,15 +252,15 @@ class Graph(Engine):
         after = (trainer.step + 1) % trainer.horizon
         kind = due, _ = (after % (trainer.method.meta_every or 1) == 0, after != 0)
         body = self._body(trainer, *kind)
-        if self._warm:
-            with self._recorder.warm():
-                body()
-            self._warm -= 1
-            if not self._warm:  # the inner optimizers have made their state now
-                self._addresses = _addresses(trainer)
+        if self._warm or kind not in self._met:  # its first use of libraries must not be recorded
+            self._met.add(kind)
+            self._warm_up(trainer, body)
         else:
-            if kind not in self._steps:
-                self._steps[kind] = self._recorder.record(body)
+            try:
+                if kind not in self._steps:
+                    self._steps[kind] = self._recorder.record(body)
+            except RuntimeError as error:
+                return self._give_up(trainer, error)
             self._steps[kind]()
         if trainer.method.joint:
             trainer.outer.lr = trainer.inner.lr_at(trainer.k / trainer.horizon)
@@ -239,6 +268,31 @@ class Graph(Engine):
         trainer.tally.count_step()
         self._expected = trainer.step
         return self._losses.clone(), due
+
+    def _warm_up(self, trainer: MetaTrainer, body: Body) -> None:
+        """Takes the step without recording it."""
+        state = generator_state(trainer.device)
+        with self._recorder.warm():
+            body()
+        if not torch.equal(state, generator_state(trainer.device)):
+            raise UsageError(
+                f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; "
+                "use engine=loop"
+            )
+        self._warm = max(0, self._warm - 1)
+        self._addresses = _addresses(trainer)  # the inner optimizers have made their state now
+
+    def _give_up(self, trainer: MetaTrainer, error: RuntimeError) -> tuple[Tensor, bool]:
+        """Leaves the rest to the loop; a recording that failed has done nothing on the device."""
+        cause = error.__context__ or error
+        reason = f"a step cannot be recorded as a CUDA graph ({str(cause).partition(chr(10))[0]})"
+        for learner in trainer.learners:
+            learner.forget_gradients()
+        if not self._or_loop:
+            raise UsageError(f"engine graph: {reason}; use engine=auto or engine=loop") from error
+        warnings.warn(f"{reason}; the run goes on with engine loop", stacklevel=2)
+        trainer.engine = Engine(why=reason)
+        return trainer.engine.step(trainer)
 
     def _fill(self, trainer: MetaTrainer) -> None:
         first = trainer.step - trainer.step % AHEAD
@@ -271,13 +325,12 @@ class Graph(Engine):
 
 def lanes_for(trainer: MetaTrainer) -> int:
     """How many learners of a run that can be recorded should run side by side."""
-    numbers = [
-        (task.batch_size or trainer.roster.batch_size) * leaf[0].numel()
-        for task in trainer.roster.tasks.values()
-        if isinstance(source := as_source(task.train), ArraySource)
-        for leaf in tree_leaves(source.tree)
-    ]
-    return LANES if max(numbers) <= SMALL else 1
+    sizes = []
+    for task in trainer.roster.tasks.values():
+        source = as_source(task.train)
+        assert isinstance(source, (ArraySource, MappedSource))
+        sizes.append((task.batch_size or trainer.roster.batch_size) * (source.bytes // len(source)))
+    return LANES if max(sizes) <= SMALL else 1
 
 
 def _transform(transform: object) -> ImageTransform | None:
