@@ -182,7 +182,8 @@ def _memory(plan: Plan, device: torch.device, report: Report) -> None:
     work = plan.small
     caption = (
         f"{work.model}, batch {work.batch_size}, {work.size}x{work.size}, float32, tasks on the same images. A further "
-        "task: growth of the peak by task since the smallest T that fills the engine's streams; its own: row, gradient, momentum and head."
+        "task: growth of the peak by task since the smallest T that fills the engine's streams; its own: row, "
+        "gradient, momentum and head."
     )
     header = ["engine", "T", "peak allocated", "reserved", "a further task", "its own"]
     report.tables.append(Table(header, rows, caption))
