@@ -10,9 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trajshift import METHODS, Inner, MetaTrainer, Task
+from trajshift.engines import Parallel
 
 DOUBLE = torch.float64
 MOMENTUM = {"momentum": 0.9, "weight_decay": 5e-4}
+
+
+class SideBySide(Parallel):
+    """Does not try the loop's way too."""
+
+    def __init__(self, threads: int = 2) -> None:
+        super().__init__(threads)
+        self.side_by_side = True
 
 
 class ConvNet(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from learners import (
     DOUBLE,
     ConvNet,
+    SideBySide,
     Text,
     everything,
     image_data,
@@ -26,18 +27,10 @@ from torch import Tensor, nn
 
 from trajshift import METHODS, Inner, MetaTrainer, Task, engines
 from trajshift.checkpoint import load, save
-from trajshift.engines import Engine, Graph, Parallel
+from trajshift.engines import Engine, Graph
 
 every_preset = pytest.mark.parametrize("method", METHODS)
 Dropout = partial(ConvNet, dropout=0.4)
-
-
-class SideBySide(Parallel):
-    """Does not try the loop's way too."""
-
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
-        self.side_by_side = True
 
 
 def recorded(trainer: MetaTrainer) -> Engine | str:

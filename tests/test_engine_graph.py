@@ -141,7 +141,7 @@ def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None
         strict.advance()
 
 
-def test_a_model_that_starts_to_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_starts_to_draw_is_refused() -> None:
     graph = trainer(Graph(Recorder()))
     graph.advance()
     graph.learners[0].module.register_forward_hook(lambda module, inputs, out: out + 0.0 * torch.rand(()))
@@ -159,14 +159,19 @@ class FakeStream:
         self.waited.append(other)
 
 
-def test_a_recording_waits_for_the_lanes_that_it_used_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """The caller's stream, of a CUDA whose streams are fake."""
+    current = FakeStream(None)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return current
+
+
+def test_a_recording_waits_for_the_lanes_that_it_used_alone(main: FakeStream) -> None:
     """CUDA refuses a recording that waits for a stream outside it."""
-    main = FakeStream(None)
-    for name, value in (
-        ("Stream", FakeStream), ("graph_pool_handle", lambda: None), ("current_stream", lambda device: main),
-        ("stream", lambda stream: nullcontext()),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
     recorder = CudaRecorder(torch.device("cuda"), lanes=3)
     for rows in ((0, 1), (0, 1, 2, 3)):
         main.waited.clear()
@@ -178,20 +183,18 @@ def test_a_recording_waits_for_the_lanes_that_it_used_alone(monkeypatch: pytest.
     assert all(set(lane.waited) == {main} for lane in recorder._lanes)
 
 
-def test_a_recording_that_fails_leaves_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_fails_leaves_the_callers_stream(main: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[object] = []
-    for name, value in (
-        ("Stream", FakeStream), ("graph_pool_handle", lambda: None), ("current_stream", lambda device: "main"),
-        ("CUDAGraph", object), ("graph", lambda graph, **options: nullcontext()), ("set_stream", chosen.append),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", chosen.append)
 
     def fail() -> None:
         raise RuntimeError("operation not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         CudaRecorder(torch.device("cuda")).record(fail)
-    assert chosen == ["main"]
+    assert chosen == [main]
 
 
 def test_learners_with_large_batches_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learners import ConvNet, Text, everything, image_tasks, make, run, same_bits, text_tasks
+from learners import ConvNet, SideBySide, Text, everything, image_tasks, make, run, same_bits, text_tasks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -33,12 +33,6 @@ class OneThread(Engine):
     running = Parallel.running
 
 
-def side_by_side() -> Parallel:
-    engine = Parallel(2)
-    engine.side_by_side = True
-    return engine
-
-
 MIXES: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS if not METHODS[method].single),
     {"method": "trajectory-shifting", "tasks_per_round": 2, "renew": ("heads",)},
@@ -53,7 +47,7 @@ def test_side_by_side_is_the_loop_to_the_last_bit(options: dict[str, Any], dtype
     model = partial(ConvNet, dtype=dtype)
     both = [
         run(make(tasks=image_tasks((2, 3, 5)), model=model, rounds=3, engine=engine, **options))
-        for engine in (OneThread(), side_by_side())
+        for engine in (OneThread(), SideBySide())
     ]
     assert same_bits(*map(everything, both))
     assert both[0].metrics() == both[1].metrics()
@@ -68,7 +62,7 @@ def test_augmented_resnets_of_several_sizes() -> None:
     ]
     both = [
         run(MetaTrainer(partial(build, "resnet20", width=4), tasks, horizon=3, rounds=2, batch_size=6, engine=engine))
-        for engine in (OneThread(), side_by_side())
+        for engine in (OneThread(), SideBySide())
     ]
     assert same_bits(*map(everything, both))
 
@@ -86,8 +80,8 @@ class Slow(Dataset[tuple[torch.Tensor, int]]):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sources_read_example_by_example(workers: int) -> None:
     tasks = [Task(name=f"slow{t}", train=Slow(), outputs=3) for t in range(3)]
-    both = [run(make("trajectory-shifting", tasks, engine=engine)) for engine in (OneThread(), side_by_side())]
-    again = run(make("trajectory-shifting", tasks, engine=side_by_side(), workers=workers))
+    both = [run(make("trajectory-shifting", tasks, engine=engine)) for engine in (OneThread(), SideBySide())]
+    again = run(make("trajectory-shifting", tasks, engine=SideBySide(), workers=workers))
     assert same_bits(*map(everything, both))
     assert same_bits(everything(both[0]), everything(again))
 
@@ -100,7 +94,7 @@ def test_every_learner_keeps_to_one_thread_of_several() -> None:
             seen.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
             return super().forward(x)
 
-    run(make("trajectory-shifting", image_tasks(), Watched, engine=side_by_side()), 2)
+    run(make("trajectory-shifting", image_tasks(), Watched, engine=SideBySide()), 2)
     assert seen == {("learner", 1)}
     assert torch.get_num_threads() == 2
 
@@ -169,7 +163,7 @@ def test_numbers_drawn_now_and_then_are_found_out() -> None:
         calls = 0
 
     with pytest.raises(UsageError, match="drew random numbers at inner step 4 and had not before; use engine=loop"):
-        run(make("trajectory-shifting", image_tasks((2, 3)), Sometimes, engine=side_by_side()))
+        run(make("trajectory-shifting", image_tasks((2, 3)), Sometimes, engine=SideBySide()))
 
 
 # -- layout and precision ------------------------------------------------------------------------------------

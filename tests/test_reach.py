@@ -50,8 +50,10 @@ def test_the_first_checkpoint_at_least_as_good_counts() -> None:
     assert steps["reptile"] == {"a": 400, "b": 400, "average": 400}
     assert steps["mtl"] == {"a": None, "b": 400, "average": None}
     assert found.header() == ["method", "a", "b", "average"]
-    assert found.cells()[0][1] == "200 (2x); seeds 200 to 200"
-    assert found.cells()[2][1] == f"{NOT_REACHED}; in no seed"
+    assert found.cells()[0] == ["shift", "200 (2x)", "100 (4x)", "200 (2x)"]
+    assert found.cells()[2] == ["mtl", NOT_REACHED, "400 (1x)", NOT_REACHED]
+    assert found.seed_cells()[0] == ["shift, seeds", "200", "100", "200"]
+    assert found.seed_cells()[2] == ["mtl, seeds", "never", "400", "never"]
 
 
 def test_every_seed_is_held_against_the_reference_in_that_seed() -> None:
@@ -64,7 +66,9 @@ def test_every_seed_is_held_against_the_reference_in_that_seed() -> None:
     assert shift.steps == {"a": 400}
     assert shift.by_seed == {"a": [100, None]}
     assert reptile.by_seed == {"a": [400, 400]}
-    assert [line[1] for line in table(rows).cells()] == ["400 (1x); seeds 100 to never", "400 (1x); seeds 400 to 400"]
+    assert table(rows).seed_cells() == [["shift, seeds", "100 to never"], ["reptile, seeds", "400"]]
+    alone = table([row for row in rows if row["seed"] == 0])
+    assert alone.seed_cells() == []
 
 
 def test_a_loss_is_better_the_lower() -> None:

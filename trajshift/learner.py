@@ -19,6 +19,7 @@ from trajshift.data.batches import TaskBatches
 from trajshift.data.hashing import key, seed_generators
 from trajshift.errors import UsageError
 from trajshift.inner import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
+from trajshift.repeatable import repeatable
 from trajshift.task import Batch, Task
 from trajshift.trajectories import Layout, Trajectories, is_in_head, shared_names
 
@@ -29,8 +30,7 @@ _USUAL_HEADS = ("fc", "head", "heads", "classifier")
 @contextmanager
 def seeded(draw: int, device: torch.device) -> Iterator[None]:
     """Runs a block under the global generators seeded by a key; they are put back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with repeatable(device):
         seed_generators(draw, device)
         yield
 

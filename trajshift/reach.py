@@ -40,19 +40,23 @@ class ReachTable:
         return ["method", *self.goals]
 
     def cells(self) -> list[list[str]]:
-        """Inner steps, how many times fewer (or more, below 1) than the reference's budget, and the seeds' range."""
-        return [[line.label, *(self._show(line, name) for name in self.goals)] for line in self.lines]
+        """Inner steps, and in brackets how many times fewer (or more, below 1) than the reference's budget."""
+        return [[line.label, *(self._show(line.steps[name]) for name in self.goals)] for line in self.lines]
 
-    def _show(self, line: Reach, name: str) -> str:
-        steps, seeds = line.steps[name], line.by_seed[name]
-        text = NOT_REACHED if steps is None else f"{steps:,} ({self.budget / steps:.3g}x)"
-        if len(seeds) < 2:
-            return text
-        reached = sorted(one for one in seeds if one is not None)
-        if not reached:
-            return f"{text}; in no seed"
-        last = f"{reached[-1]:,}" if len(reached) == len(seeds) else "never"
-        return f"{text}; seeds {reached[0]:,} to {last}"
+    def seed_cells(self) -> list[list[str]]:
+        """The fewest and the most inner steps that a seed needs; no lines where there is one seed alone."""
+        several = [line for line in self.lines if any(len(seeds) > 1 for seeds in line.by_seed.values())]
+        return [[f"{line.label}, seeds", *(_range(line.by_seed[name]) for name in self.goals)] for line in several]
+
+    def _show(self, steps: int | None) -> str:
+        return NOT_REACHED if steps is None else f"{steps:,} ({self.budget / steps:.3g}x)"
+
+
+def _range(seeds: Sequence[int | None]) -> str:
+    """`100 to 400`; who does not get there comes last."""
+    ordered = sorted(seeds, key=lambda steps: (steps is None, steps or 0))
+    texts = ["never" if steps is None else f"{steps:,}" for steps in (*ordered[:1], *ordered[-1:])]
+    return " to ".join(dict.fromkeys(texts)) or "-"
 
 
 def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") -> ReachTable | None:
@@ -78,7 +82,7 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     for name in goals:
         curve = partial(curves, x="inner_steps", metric=final.metric, target=None if name == AVERAGE else name)
         steps[name] = _first(curve(chosen), sign, goals[name])
-        by_seed[name] = [_first(curve(rows), sign, _end(curve(rows), best.label)) for rows in of_seed.values()]
+        by_seed[name] = [_first_in_seed(curve(rows), sign, best.label) for rows in of_seed.values()]
     return ReachTable(
         reference=best.label,
         budget=best.inner_steps,
@@ -94,17 +98,16 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     )
 
 
-def _end(found: Sequence[Curve], label: str) -> float | None:
-    """The last mean of a method; None where it has none."""
-    return next((curve.y[-1].mean for curve in found if curve.label == label), None)
-
-
-def _first(found: Sequence[Curve], sign: float, goal: float | None) -> dict[str, int | None]:
-    """Of every method the inner steps of the first mean that is as good as the goal; nothing without a goal."""
+def _first(found: Sequence[Curve], sign: float, goal: float) -> dict[str, int | None]:
+    """Of every method the inner steps of the first mean that is as good as the goal."""
     first: dict[str, int | None] = {}
-    if goal is None:
-        return first
     for curve in found:
         reached = [x for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and sign * (y.mean - goal) >= -1e-12]
         first[curve.label] = int(reached[0]) if reached else None
     return first
+
+
+def _first_in_seed(found: Sequence[Curve], sign: float, reference: str) -> dict[str, int | None]:
+    """The same against where the reference ends in one seed's curves; nothing where it has none."""
+    goal = next((curve.y[-1].mean for curve in found if curve.label == reference), None)
+    return {} if goal is None else _first(found, sign, goal)

@@ -121,12 +121,13 @@ def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> Non
     caption = (
         f"Cumulative inner steps per task at the first checkpoint whose mean over seeds is at least as good as that of "
         f"{table.reference} after all its {table.budget:,}, and how many times fewer that is. Checkpoints lie apart, "
-        "so each number is an upper bound. Behind it the fewest and the most that a seed needs to be as good as "
+        "so each number is an upper bound. Seeds: the fewest and the most that one needs to be as good as "
         f"{table.reference} in that seed."
     )
-    page.table(table.header(), table.cells(), caption)
+    cells = [*table.cells(), *table.seed_cells()]
+    page.table(table.header(), cells, caption)
     reach_csv(folder / "reach.csv", table)
-    write_markdown(folder / "reach.md", table.header(), table.cells(), caption)
+    write_markdown(folder / "reach.md", table.header(), cells, caption)
 
 
 def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Looks, folder: Path) -> None:

@@ -35,15 +35,16 @@ def choose(engine: str | Engine, trainer: MetaTrainer) -> Engine:
         raise UsageError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if engine == "loop":
         return Engine()
-    if engine != "auto":
-        found = _graph(trainer) if engine == "graph" else _parallel(trainer)
-        if isinstance(found, str):
-            raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
-        return found
-    if trainer.device.type == "cpu":
+    auto = engine == "auto"
+    if auto and trainer.device.type == "cpu":
         keep_memory()
-    found = _graph(trainer, or_loop=True) if trainer.device.type == "cuda" else _parallel(trainer)
-    return Engine(why=found) if isinstance(found, str) else found
+    graph = trainer.device.type == "cuda" if auto else engine == "graph"
+    found = _graph(trainer, or_loop=auto) if graph else _parallel(trainer)
+    if isinstance(found, Engine):
+        return found
+    if not auto:
+        raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
+    return Engine(why=found)
 
 
 def _parallel(trainer: MetaTrainer) -> Engine | str:
@@ -59,7 +60,7 @@ def _parallel(trainer: MetaTrainer) -> Engine | str:
     return _draws(trainer) or Parallel(threads)
 
 
-def _graph(trainer: MetaTrainer, *, or_loop: bool = False) -> Engine | str:
+def _graph(trainer: MetaTrainer, *, or_loop: bool) -> Engine | str:
     if trainer.device.type != "cuda":
         return f"it is for CUDA and the device is {trainer.device}"
     obstacle = Graph.obstacle(trainer) or _draws(trainer)

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from trajshift.errors import UsageError
+from trajshift.repeatable import generator_state
 
 if TYPE_CHECKING:
     from trajshift.loop import MetaTrainer
@@ -39,3 +43,18 @@ class Engine:
     def learners_step(self, trainer: MetaTrainer) -> list[Tensor]:
         """One inner step of every learner on training batch `trainer.step`: T losses before it."""
         return [trainer.step_of(learner, trainer.step) for learner in trainer.learners]
+
+
+@contextmanager
+def without_draws(trainer: MetaTrainer) -> Iterator[None]:
+    """Surrounds the learners' work in an engine that cannot seed each pass.
+
+    Raises:
+        UsageError: a model or loss drew from a global generator.
+    """
+    before = generator_state(trainer.device)
+    yield
+    if not torch.equal(before, generator_state(trainer.device)):
+        raise UsageError(
+            f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; use engine=loop"
+        )

@@ -3,7 +3,8 @@
 A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step lies in
 tensors on the device: a clock, and tables that are filled ahead for `AHEAD` steps at once.
 
-The loop's decisions (a meta-update or not, a carry or not) make three kinds of step, each recorded when first met.
+The loop's decisions (a meta-update or not, a carry or not) make three kinds of step. Each is taken once
+as it is, then recorded.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from torch.utils._pytree import tree_leaves
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.images import ImageTransform
 from trajshift.data.sources import ArraySource, MappedSource, as_source
-from trajshift.engines.base import Engine
+from trajshift.engines.base import Engine, without_draws
 from trajshift.errors import UsageError
 from trajshift.metagrad import Displacement, LastGradient
 from trajshift.outer import PlainStep
-from trajshift.repeatable import generator_state
 from trajshift.task import Batch
 
 if TYPE_CHECKING:
@@ -271,14 +271,8 @@ class Graph(Engine):
 
     def _warm_up(self, trainer: MetaTrainer, body: Body) -> None:
         """Takes the step without recording it."""
-        state = generator_state(trainer.device)
-        with self._recorder.warm():
+        with without_draws(trainer), self._recorder.warm():
             body()
-        if not torch.equal(state, generator_state(trainer.device)):
-            raise UsageError(
-                f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; "
-                "use engine=loop"
-            )
         self._warm = max(0, self._warm - 1)
         self._addresses = _addresses(trainer)  # the inner optimizers have made their state now
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from trajshift.data.hashing import seed_generators
-from trajshift.engines.base import Engine
-from trajshift.errors import UsageError
+from trajshift.engines.base import Engine, without_draws
 from trajshift.task import Batch
 
 if TYPE_CHECKING:
@@ -79,20 +78,14 @@ class Parallel(Engine):
             if learner.batches.raw.streams("train")
         }
         seed_generators(0, trainer.device)
-        state = torch.get_rng_state()
         slowest_first = sorted(trainer.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
-        futures = {
-            learner.row: self._executor.submit(self._step_of, trainer, learner, ready.get(learner.row))
-            for learner in slowest_first
-        }
-        wait(futures.values())
-        losses = [futures[row].result() for row in range(len(futures))]
-        if not torch.equal(state, torch.get_rng_state()):
-            raise UsageError(
-                f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; "
-                "use engine=loop"
-            )
-        return losses
+        with without_draws(trainer):
+            futures = {
+                learner.row: self._executor.submit(self._step_of, trainer, learner, ready.get(learner.row))
+                for learner in slowest_first
+            }
+            wait(futures.values())
+            return [futures[row].result() for row in range(len(futures))]
 
     def _step_of(self, trainer: MetaTrainer, learner: Learner, batch: Batch | None) -> Tensor:
         began = time.perf_counter()
