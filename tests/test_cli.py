@@ -73,6 +73,26 @@ def files(path: Path, *leave_out: str) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if name not in leave_out}
 
 
+@pytest.mark.parametrize("name", ["small-images", "recommended"])
+def test_recipes_on_files_run(name: str, folder: Path, trajshift: Command) -> None:
+    """Every other shipped recipe runs in the tests of the demo and of the published experiments."""
+    recipe = load(name)
+    draw = np.random.default_rng(0)
+    for task in (*recipe.tasks.values(), *recipe.tuning.values(), *recipe.targets.values()):
+        images, labels = draw.integers(0, 256, (12, 20, 20, 3), dtype=np.uint8), np.arange(12) % 4
+        np.savez(folder / task.source.partition(":")[2], x_train=images, y_train=labels, x_test=images, y_test=labels)
+    short = ("horizon=4", "rounds=2", "batch_size=4", "threads=1", "output.name=short", "output.tensorboard=false")
+    tiny = ("finetune.steps=2", "finetune.batch_size=4")
+    assert trajshift("train", name, *short, *tiny, "--quiet")[0] == 0
+    status, shown, _ = trajshift("evaluate", "--scratch", "--threads", "1", "runs/short")
+    assert status == 0
+    rows = read_rows(folder / "runs" / "short" / "evaluation.jsonl")
+    assert {(row["target"], row["checkpoint"]) for row in rows} == {
+        (target, start) for target in recipe.targets for start in ("initialization", "scratch")
+    }
+    assert recipe.method in shown
+
+
 CLOCKS = ("timing.jsonl", "environment.json", "recipe.yaml", "demo.log")
 
 

@@ -1,0 +1,20 @@
+"""Averages phi over checkpoints of a run (a candidate of README.md).
+
+Command: python results/images/average.py RUN OUT.safetensors STEP...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from trajshift.initialization import Initialization, load_initialization
+
+run, out, *steps = sys.argv[1:]
+final = load_initialization(Path(run) / "initialization.safetensors")
+saved = [load_file(Path(run) / "checkpoints" / f"{int(step):09d}" / "shared.safetensors") for step in steps]
+mean = {name: torch.stack([tensors[f"phi/{name}"] for tensors in saved]).mean(0) for name in final}
+Initialization(mean, final.about).save(out)
