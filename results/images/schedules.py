@@ -5,17 +5,16 @@ Command: python results/images/schedules.py META,INNER train ...         # each 
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 from torch import Tensor
 
 from trajshift.cli import main
+from trajshift.inner import Inner
 from trajshift.loop import MetaTrainer
 
-SHAPES = {"constant": lambda share: 1.0, "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share))}
-META, INNER = (SHAPES[name] for name in sys.argv.pop(1).split(","))
+META, INNER = (Inner(lr=1.0, schedule=name).lr_at for name in sys.argv.pop(1).split(","))
 follow_gradient, take_step = MetaTrainer.follow_gradient, MetaTrainer.take_step
 base: dict[int, float] = {}
 
