@@ -182,7 +182,7 @@ def _jobs(
             "phi": digest_of(source),
         }
         for name in names:
-            setting = {"setting": _setting(recipe, section, name)}
+            setting = {"setting": setting_of(recipe, section, name)}
             for size in sizes:
                 base = common | setting | {"target": name, "train_images": size, "steps": recipe.finetune.steps}
                 jobs.append(_Job(path=path, recipe=recipe, target=name, train_images=size, source=source, base=base))
@@ -206,7 +206,7 @@ def _inner_steps(path: Path, recipe: Recipe, source: Path) -> int:
     return int(rows[-1]["inner_steps"]) if rows else recipe.total_steps
 
 
-def _setting(recipe: Recipe, section: str, name: str) -> str:
+def setting_of(recipe: Recipe, section: str, name: str) -> str:
     """Digest of all that decides a fine-tuning besides phi, seed and the number of images."""
     parts = ("model", "head", "data", "finetune", f"{section}.{name}")
     fields = {

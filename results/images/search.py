@@ -1,0 +1,188 @@
+"""Chooses rates on mnist by the rule of README.md, then fine-tunes the targets, study after study.
+
+What tuning.jsonl and rows.jsonl hold is not run again, so a search that was stopped goes on where it was.
+
+Command: python results/images/search.py DATA [STUDY...]         # two studies at a time, one thread each
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trajshift.evaluate import evaluate_runs
+from trajshift.rows import read_jsonl
+
+HERE = Path(__file__).parent
+TUNING, ROWS = HERE / "tuning.jsonl", HERE / "rows.jsonl"
+GRID = [float(f"{digit}e{power}") for power in range(-4, 3) for digit in (1, 2, 5)]
+FINETUNE_LRS = (0.03, 0.1)
+Rates = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One method at one horizon: where its search begins, and how many seeds go to the targets."""
+
+    name: str
+    method: str
+    horizon: int = 200
+    steps: int = 2000
+    inner_lr: float = 0.02
+    meta_lr: float | None = None
+    order: tuple[str, ...] = ()
+    """The rates searched, one after the other; none where they are those of an earlier study."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    overrides: tuple[str, ...] = ()
+    images: tuple[int, ...] = (250, 1000)
+    finetune_lrs: tuple[float, ...] = FINETUNE_LRS
+    every: int | None = None
+    """Goes to the targets from phi after each so many inner steps as well."""
+
+
+EARLY = Study(
+    name="early",
+    method="trajectory-shifting",
+    meta_lr=0.1,
+    steps=1000,
+    images=(1000,),
+    finetune_lrs=(0.1,),
+    every=200,
+)
+META_FIRST = ("meta_lr", "inner_lr", "meta_lr")
+STUDIES = (
+    *(replace(EARLY, name=f"early-{seed}", seeds=(seed,)) for seed in range(5)),
+    Study(
+        name="single-task",
+        method="single-task",
+        order=("inner_lr",),
+        seeds=(0, 1, 2, 3, 4),
+        overrides=("train_on=[tinyimagenet_a]",),
+    ),
+    Study(name="horizon-1000", method="trajectory-shifting", horizon=1000, meta_lr=0.02, order=("meta_lr",)),
+    Study(name="horizon-20", method="trajectory-shifting", horizon=20, meta_lr=1.0, order=("meta_lr",)),
+    Study(
+        name="random-shifting",
+        method="random-shifting",
+        meta_lr=0.05,
+        order=("inner_lr", "meta_lr"),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST),
+    Study(name="fomaml++", method="fomaml++", meta_lr=0.1, order=META_FIRST),
+    Study(name="fomaml", method="fomaml", meta_lr=1.0, order=META_FIRST),
+    Study(name="imaml", method="imaml", meta_lr=1.0, order=META_FIRST),
+    Study(name="anil", method="anil", meta_lr=1.0, order=META_FIRST),
+)
+
+
+def run(study: Study, rates: Rates, seed: int) -> Path:
+    """The run directory of one meta-training, trained or resumed where it is not finished."""
+    data = Path(sys.argv[1]).resolve()
+    label = "-".join(f"{value:g}" for value in rates.values() if value is not None)
+    directory = Path("runs/images") / f"{study.name}-{label}-{seed}"
+    if (directory / "initialization.safetensors").is_file():
+        return directory
+    command = ["--resume", str(directory)]
+    if not directory.exists():
+        command = [
+            "small-images",
+            f"data.root={data}",
+            f"method={study.method}",
+            f"inner.lr={rates['inner_lr']}",
+            f"meta_lr={'null' if rates['meta_lr'] is None else rates['meta_lr']}",
+            f"horizon={study.horizon}",
+            f"rounds={study.steps // study.horizon}",
+            f"seed={seed}",
+            "threads=1",
+            "output.tensorboard=false",
+            f"output.directory={directory.parent}",
+            f"output.name={directory.name}",
+            f"output.checkpoint_every={study.every or 500}",
+            *(("output.keep=null",) if study.every else ()),
+            *study.overrides,
+        ]
+    subprocess.run([sys.executable, "-m", "trajshift", "train", *command, "--quiet"], check=True)
+    return directory
+
+
+def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: Any) -> list[dict[str, Any]]:
+    """Rows of one run's fine-tunings at one rate."""
+    setting = {"study": study.name, "method": study.method, "horizon": study.horizon, **rates, "seed": seed}
+    kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
+    found = evaluate_runs([run(study, rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
+    return [{**setting, "finetune_lr": rate, **{name: row[name] for name in kept}} for row in found]
+
+
+def keep(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows in one write, so that two studies may share a file."""
+    with open(file, "a") as stream:
+        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def score(study: Study, rates: Rates) -> float:
+    """Accuracy on mnist, mean of 100, 250 and 1,000 images, at the better fine-tuning rate."""
+
+    def known() -> list[dict[str, Any]]:
+        wanted = {"method": study.method, "horizon": study.horizon, **rates}
+        return [row for row in read_jsonl(TUNING) if wanted.items() <= row.items()]
+
+    for rate in FINETUNE_LRS:
+        if sum(row["finetune_lr"] == rate for row in known()) < 3:
+            keep(TUNING, fine_tunings(study, rates, 0, rate, targets="tuning", train_images=[100, 250, 1000]))
+    rows = known()
+    best = max(sum(row["accuracy"] for row in rows if row["finetune_lr"] == rate) / 3 for rate in FINETUNE_LRS)
+    print(f"{study.name} {json.dumps(rates)} {100 * best:.2f}", flush=True)
+    return best
+
+
+def score_with(study: Study, rates: Rates, name: str, value: float) -> float:
+    """The score with one rate changed; 0 where training diverges."""
+    try:
+        return score(study, {**rates, name: value})
+    except subprocess.CalledProcessError:
+        return 0.0
+
+
+def climb(score_at: Callable[[float], float], start: float) -> float:
+    """The rate of the grid whose neighbours on both sides score no better, uphill from `start`."""
+    scored = cache(lambda index: score_at(GRID[index]))
+    best, here = -1, GRID.index(start)
+    while here != best:
+        best = here
+        here = max((best, best - 1, best + 1), key=scored)
+    return GRID[here]
+
+
+def work(study: Study) -> None:
+    """The whole study: its search, then its seeds on the targets."""
+    torch.set_num_threads(1)
+    rates: Rates = {"inner_lr": study.inner_lr, "meta_lr": study.meta_lr}
+    for name in study.order:
+        start = rates[name]
+        assert start is not None
+        rates[name] = climb(partial(score_with, study, rates, name), start)
+    for seed in study.seeds:
+        for rate in study.finetune_lrs:
+            wanted = {"study": study.name, **rates, "seed": seed, "finetune_lr": rate}
+            if not any(wanted.items() <= row.items() for row in read_jsonl(ROWS)):
+                options = {"train_images": study.images, "checkpoints": study.every is not None}
+                keep(ROWS, fine_tunings(study, rates, seed, rate, **options))
+        print(f"{study.name} {json.dumps(rates)} seed {seed} on the targets", flush=True)
+
+
+if __name__ == "__main__":
+    chosen = [study for study in STUDIES if study.name in sys.argv[2:] or not sys.argv[2:]]
+    ROWS.touch()
+    with get_context("spawn").Pool(2) as pool:
+        for _ in pool.imap_unordered(work, chosen, chunksize=1):
+            pass

@@ -1,0 +1,107 @@
+"""Prints the tables of README.md from the rows kept here.
+
+Command: python results/images/tables.py                                    # the rates tried, for every method
+         python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
+
+A start is a method of runs/, a candidate of candidates.jsonl or a study of rows.jsonl, such as trajectory-shifting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trajshift.comparison import show_p
+from trajshift.evaluate import setting_of
+from trajshift.recipe import load
+from trajshift.rows import read_evaluation, read_jsonl
+from trajshift.statistics import Estimate, compare, interval
+
+HERE = Path(__file__).parent
+TARGETS = ("cifar10", "dtd10", "sign_digits")
+SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
+FINAL_STEPS = (None, 2000)
+Row = dict[str, Any]
+
+
+def all_rows() -> Iterator[Row]:
+    """Every fine-tuning of a target, with its `start` and `finetune_lr`."""
+    for run in sorted((HERE / "runs").iterdir()):
+        rates = {
+            setting_of(load(run, [f"finetune.lr={rate}"]), "targets", target): rate
+            for rate in (0.03, 0.1)
+            for target in TARGETS
+        }
+        for row in read_evaluation(run):
+            if row["setting"] in rates:
+                start = "scratch" if row["checkpoint"] == "scratch" else row["method"]
+                yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
+    for row in read_jsonl(HERE / "candidates.jsonl"):
+        yield row | {"start": row["candidate"]}
+    for row in read_jsonl(HERE / "rows.jsonl"):
+        yield row | {"start": row["study"]}
+
+
+def averages(rows: Iterable[Row], images: int, rate: float) -> dict[str, dict[int, float]]:
+    """Start -> seed -> accuracy in %, mean of the three targets, where all three are there."""
+    found: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        at_the_end = row["start"] == "scratch" or row.get("inner_steps") in FINAL_STEPS
+        if at_the_end and row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
+            found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
+    return {
+        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
+        for start, seeds in found.items()
+    }
+
+
+def shown(estimate: Estimate | None, sign: str = "") -> str:
+    """`mean ± half width`."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.mean:{sign}.2f}" + (f" ± {estimate.half_width:.2f}" if estimate.half_width is not None else "")
+
+
+def compared(reference: str, starts: list[str]) -> None:
+    """Prints averages, then every start minus the reference, as `points (p; p after Holm)`."""
+    rows = list(all_rows())
+    by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
+    columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
+    print(f"| start | seeds | {columns} |\n|{'---|' * 6}")
+    for start in (reference, *starts):
+        seeds = len(by_setting[0][start])
+        print(f"| {start} | {seeds} | " + " | ".join(shown(interval([*a[start].values()])) for a in by_setting) + " |")
+    print(f"\n| difference (points) | {columns} |\n|{'---|' * 5}")
+    tests = [compare({name: a[name] for name in (reference, *starts)}, reference) for a in by_setting]
+    for position, start in enumerate(starts):
+        cells = []
+        for family in tests:
+            test = family[position]
+            d = test.difference
+            turned = None if d is None else Estimate(mean=-d.mean, half_width=d.half_width, count=d.count)
+            p = "" if test.p is None or test.p_holm is None else f" ({show_p(test.p)}; {show_p(test.p_holm)})"
+            cells.append(shown(turned, "+") + p)
+        print(f"| {start} - {reference} | " + " | ".join(cells) + " |")
+
+
+def tuned() -> None:
+    """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes."""
+    scores: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_jsonl(HERE / "tuning.jsonl"):
+        place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0)
+        scores[place][row["finetune_lr"]].append(100 * row["accuracy"])
+    print("| method | K | inner rate | meta_lr | fine-tuning rate 0.1 | 0.03 |\n|---|---|---|---|---|---|")
+    for (method, horizon, inner_lr, meta_lr), by_rate in sorted(scores.items()):
+        rates = f"{inner_lr:g} | {f'{meta_lr:g}' if meta_lr else '-'}"
+        print(f"| {method} | {horizon} | {rates} | {fmean(by_rate[0.1]):.2f} | {fmean(by_rate[0.03]):.2f} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        compared(sys.argv[1], sys.argv[2:])
+    else:
+        tuned()
