@@ -120,7 +120,8 @@ def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: 
     setting = {"study": study.name, "method": study.method, "horizon": study.horizon, **rates, "seed": seed}
     kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
     found = evaluate_runs([run(study, rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
-    return [{**setting, "finetune_lr": rate, **{name: row[name] for name in kept}} for row in found]
+    distinct = dict.fromkeys(tuple(row[name] for name in kept) for row in found)  # the last checkpoint is phi again
+    return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 
 
 def keep(file: Path, rows: list[dict[str, Any]]) -> None:
