@@ -70,6 +70,15 @@ STUDIES = (
     ),
     Study(name="horizon-1000", method="trajectory-shifting", horizon=1000, meta_lr=0.02, order=("meta_lr",)),
     Study(name="horizon-20", method="trajectory-shifting", horizon=20, meta_lr=1.0, order=("meta_lr",)),
+    Study(name="accurate", method="accurate", horizon=20, steps=200, meta_lr=0.2),
+    Study(name="horizon-20-short", method="trajectory-shifting", horizon=20, steps=200, meta_lr=0.2),
+    Study(
+        name="single-task-long",
+        method="single-task",
+        steps=16000,
+        inner_lr=0.01,
+        overrides=("train_on=[tinyimagenet_a]",),
+    ),
     Study(
         name="random-shifting",
         method="random-shifting",

@@ -2,6 +2,7 @@
 
 Command: python results/images/tables.py                                    # the rates tried, for every method
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
+         python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy
 
 A start is a method of runs/, a candidate of candidates.jsonl or a study of rows.jsonl, such as trajectory-shifting.
 """
@@ -24,12 +25,23 @@ from trajshift.statistics import Estimate, compare, interval
 HERE = Path(__file__).parent
 TARGETS = ("cifar10", "dtd10", "sign_digits")
 SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
-FINAL_STEPS = (None, 2000)
 Row = dict[str, Any]
 
 
 def all_rows() -> Iterator[Row]:
-    """Every fine-tuning of a target, with its `start` and `finetune_lr`."""
+    """Every fine-tuning from the end of a run, with its `start` and `finetune_lr`."""
+    for row in rows_of_runs():
+        if row["checkpoint"] in ("initialization", "scratch"):
+            yield row
+    for row in read_jsonl(HERE / "candidates.jsonl"):
+        yield row | {"start": row["candidate"]}
+    for row in read_jsonl(HERE / "rows.jsonl"):
+        if not row["study"].startswith("early"):
+            yield row | {"start": row["study"]}
+
+
+def rows_of_runs() -> Iterator[Row]:
+    """Every fine-tuning of a target in runs/, from checkpoints too."""
     for run in sorted((HERE / "runs").iterdir()):
         rates = {
             setting_of(load(run, [f"finetune.lr={rate}"]), "targets", target): rate
@@ -40,18 +52,13 @@ def all_rows() -> Iterator[Row]:
             if row["setting"] in rates:
                 start = "scratch" if row["checkpoint"] == "scratch" else row["method"]
                 yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
-    for row in read_jsonl(HERE / "candidates.jsonl"):
-        yield row | {"start": row["candidate"]}
-    for row in read_jsonl(HERE / "rows.jsonl"):
-        yield row | {"start": row["study"]}
 
 
-def averages(rows: Iterable[Row], images: int, rate: float) -> dict[str, dict[int, float]]:
+def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
     """Start -> seed -> accuracy in %, mean of the three targets, where all three are there."""
-    found: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        at_the_end = row["start"] == "scratch" or row.get("inner_steps") in FINAL_STEPS
-        if at_the_end and row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
+        if row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
             found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
     return {
         start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
@@ -100,8 +107,31 @@ def tuned() -> None:
         print(f"| {method} | {horizon} | {rates} | {fmean(by_rate[0.1]):.2f} | {fmean(by_rate[0.03]):.2f} |")
 
 
+def soon() -> None:
+    """Prints shifting's accuracy against inner steps, and by which factor it is sooner at Reptile's last one."""
+    last = averages(all_rows(), 1000, 0.1)["reptile"]
+    early = [row for row in read_jsonl(HERE / "rows.jsonl") if row["study"].startswith("early")]
+    late = [row for row in rows_of_runs() if row["start"] == "trajectory-shifting" and row["inner_steps"] > 1000]
+    steps = sorted({row["inner_steps"] for row in early + late})
+    rows = [row | {"start": row["inner_steps"]} for row in early + late]
+    by_steps = averages(rows, 1000, 0.1)
+    print("| inner steps | trajectory-shifting | minus Reptile after 2,000 |\n|---|---|---|")
+    for step in steps:
+        behind = interval([value - last[seed] for seed, value in by_steps[step].items()])
+        print(f"| {step:,} | {shown(interval([*by_steps[step].values()]))} | {shown(behind, '+')} |")
+    factors = []
+    for seed, wanted in sorted(last.items()):
+        values = [by_steps[step][seed] for step in steps]
+        after = next(index for index, value in enumerate(values) if value >= wanted)
+        share = (wanted - values[after - 1]) / (values[after] - values[after - 1])
+        factors.append(steps[-1] / (steps[after - 1] + share * (steps[after] - steps[after - 1])))
+    print(f"\nfactor {shown(interval(factors))}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["--soon"]:
+        soon()
+    elif len(sys.argv) > 1:
         compared(sys.argv[1], sys.argv[2:])
     else:
         tuned()
