@@ -174,8 +174,16 @@ def climb(score_at: Callable[[float], float], start: float) -> float:
 
 
 def work(study: Study) -> None:
-    """The whole study: its search, then its seeds on the targets."""
+    """The whole study; where a training of it fails, the others go on."""
     torch.set_num_threads(1)
+    try:
+        finish(study)
+    except subprocess.CalledProcessError as error:
+        print(f"{study.name} stopped: {error}", flush=True)
+
+
+def finish(study: Study) -> None:
+    """Searches the study's rates, then takes its seeds to the targets."""
     rates: Rates = {"inner_lr": study.inner_lr, "meta_lr": study.meta_lr}
     for name in study.order:
         start = rates[name]

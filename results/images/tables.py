@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -96,15 +98,21 @@ def compared(reference: str, starts: list[str]) -> None:
 
 
 def tuned() -> None:
-    """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes."""
-    scores: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes; the best is bold."""
+    accuracies: dict[tuple[str, int, float, float, float], list[float]] = defaultdict(list)
     for row in read_jsonl(HERE / "tuning.jsonl"):
-        place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0)
-        scores[place][row["finetune_lr"]].append(100 * row["accuracy"])
+        place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0, row["finetune_lr"])
+        accuracies[place].append(100 * row["accuracy"])
+    scores = {place: fmean(values) for place, values in accuracies.items()}
+    best = {max(group, key=scores.__getitem__) for _, group in groupby(sorted(scores), key=itemgetter(0, 1))}
     print("| method | K | inner rate | meta_lr | fine-tuning rate 0.1 | 0.03 |\n|---|---|---|---|---|---|")
-    for (method, horizon, inner_lr, meta_lr), by_rate in sorted(scores.items()):
+    for method, horizon, inner_lr, meta_lr in sorted({place[:4] for place in scores}):
+        cells = []
+        for rate in (0.1, 0.03):
+            place = (method, horizon, inner_lr, meta_lr, rate)
+            cells.append(f"**{scores[place]:.2f}**" if place in best else f"{scores[place]:.2f}")
         rates = f"{inner_lr:g} | {f'{meta_lr:g}' if meta_lr else '-'}"
-        print(f"| {method} | {horizon} | {rates} | {fmean(by_rate[0.1]):.2f} | {fmean(by_rate[0.03]):.2f} |")
+        print(f"| {method} | {horizon} | {rates} | {' | '.join(cells)} |")
 
 
 def soon() -> None:
