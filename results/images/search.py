@@ -199,6 +199,12 @@ def finish(study: Study) -> None:
 
 
 if __name__ == "__main__":
+    names = [study.name for study in STUDIES]
+    unknown = [name for name in sys.argv[2:] if name not in names]
+    if len(sys.argv) < 2 or unknown:
+        wrong = f"no study {unknown[0]!r}" if unknown else "name the folder of the .npz files"
+        print(f"search.py: {wrong}; the studies are {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
     chosen = [study for study in STUDIES if study.name in sys.argv[2:] or not sys.argv[2:]]
     ROWS.touch()
     with get_context("spawn").Pool(2) as pool:

@@ -79,6 +79,10 @@ def compared(reference: str, starts: list[str]) -> None:
     """Prints averages, then every start minus the reference, as `points (p; p after Holm)`."""
     rows = list(all_rows())
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
+    for name in (reference, *starts):
+        if name not in by_setting[0]:
+            print(f"tables.py: no start {name!r}; there are {', '.join(by_setting[0])}", file=sys.stderr)
+            sys.exit(2)
     columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
     print(f"| start | seeds | {columns} |\n|{'---|' * 6}")
     for start in (reference, *starts):
