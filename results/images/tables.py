@@ -2,7 +2,8 @@
 
 Command: python results/images/tables.py                                    # the rates tried, for every method
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
-         python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy
+         python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
+                                                                            # draws soon.svg
 
 A start is a method of runs/, a candidate of candidates.jsonl or a study of rows.jsonl, such as trajectory-shifting.
 """
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trajshift.comparison import show_p
+from trajshift.comparison import Curve, show_p
 from trajshift.evaluate import setting_of
+from trajshift.figures import curve_figure, looks, save
 from trajshift.recipe import load
 from trajshift.rows import read_evaluation, read_jsonl
 from trajshift.statistics import Estimate, compare, interval
@@ -56,14 +58,16 @@ def rows_of_runs() -> Iterator[Row]:
                 yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
 
 
-def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
-    """Start -> seed -> accuracy in %, mean of the three targets, where all three are there."""
+def averages(
+    rows: Iterable[Row], images: int, rate: float, targets: Sequence[str] = TARGETS
+) -> dict[Any, dict[int, float]]:
+    """Start -> seed -> accuracy in %, mean of the targets, where all are there."""
     found: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
+        if row["target"] in targets and (row["train_images"], row["finetune_lr"]) == (images, rate):
             found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
     return {
-        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
+        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(targets)}
         for start, seeds in found.items()
     }
 
@@ -121,12 +125,13 @@ def tuned() -> None:
 
 def soon() -> None:
     """Prints shifting's accuracy against inner steps, and by which factor it is sooner at Reptile's last one."""
-    last = averages(all_rows(), 1000, 0.1)["reptile"]
+    ends = list(all_rows())
     early = [row for row in read_jsonl(HERE / "rows.jsonl") if row["study"].startswith("early")]
     late = [row for row in rows_of_runs() if row["start"] == "trajectory-shifting" and row["inner_steps"] > 1000]
-    steps = sorted({row["inner_steps"] for row in early + late})
     rows = [row | {"start": row["inner_steps"]} for row in early + late]
-    by_steps = averages(rows, 1000, 0.1)
+    steps = sorted({row["start"] for row in rows})
+    draw_soon(ends, rows, steps)
+    last, by_steps = averages(ends, 1000, 0.1)["reptile"], averages(rows, 1000, 0.1)
     print("| inner steps | trajectory-shifting | minus Reptile after 2,000 |\n|---|---|---|")
     for step in steps:
         behind = interval([value - last[seed] for seed, value in by_steps[step].items()])
@@ -138,6 +143,23 @@ def soon() -> None:
         share = (wanted - values[after - 1]) / (values[after] - values[after - 1])
         factors.append(steps[-1] / (steps[after - 1] + share * (steps[after] - steps[after - 1])))
     print(f"\nfactor {shown(interval(factors))}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
+
+
+def draw_soon(ends: list[Row], rows: list[Row], steps: list[int]) -> None:
+    """Draws soon.svg: shifting against inner steps, Reptile's last accuracy as a level."""
+    panels, levels = {}, {}
+    for name, targets in {"average": TARGETS, **{target: (target,) for target in TARGETS}}.items():
+        at = averages(rows, 1000, 0.1, targets)
+        points = tuple(interval([*at[step].values()]) for step in steps)
+        panels[name] = [Curve(label="trajectory-shifting", x=tuple(map(float, steps)), y=points)]
+        last = averages(ends, 1000, 0.1, targets)["reptile"]
+        levels[name] = {"reptile after 2,000": interval([*last.values()])}
+    styles = looks(["trajectory-shifting", "reptile after 2,000"])
+    figure = curve_figure(
+        panels, styles, metric="percent", xlabel="inner steps", ylabel="test accuracy (%)", levels=levels
+    )
+    save(figure, "soon", HERE)
+    (HERE / "soon.png").unlink()
 
 
 if __name__ == "__main__":
