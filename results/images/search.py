@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trajshift.evaluate import evaluate_runs
+from trajshift.pool import stop_on_signal
 from trajshift.rows import read_jsonl
 
 HERE = Path(__file__).parent
@@ -177,9 +178,12 @@ def work(study: Study) -> None:
     """The whole study; where a training of it fails, the others go on."""
     torch.set_num_threads(1)
     try:
-        finish(study)
+        with stop_on_signal():  # a training under way ends with its worker
+            finish(study)
     except subprocess.CalledProcessError as error:
         print(f"{study.name} stopped: {error}", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def finish(study: Study) -> None:
@@ -207,6 +211,10 @@ if __name__ == "__main__":
         sys.exit(2)
     chosen = [study for study in STUDIES if study.name in sys.argv[2:] or not sys.argv[2:]]
     ROWS.touch()
-    with get_context("spawn").Pool(2) as pool:
-        for _ in pool.imap_unordered(work, chosen, chunksize=1):
-            pass
+    try:
+        with stop_on_signal(), get_context("spawn").Pool(2) as pool:
+            for _ in pool.imap_unordered(work, chosen, chunksize=1):
+                pass
+    except KeyboardInterrupt:
+        print("search.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trajshift.comparison import Curve, show_p
+from trajshift.comparison import FINAL, SCRATCH, curves, show_p
 from trajshift.evaluate import setting_of
 from trajshift.figures import curve_figure, looks, save
 from trajshift.recipe import load
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 def all_rows() -> Iterator[Row]:
     """Every fine-tuning from the end of a run, with its `start` and `finetune_lr`."""
     for row in rows_of_runs():
-        if row["checkpoint"] in ("initialization", "scratch"):
+        if row["checkpoint"] in (FINAL, SCRATCH):
             yield row
     for row in read_jsonl(HERE / "candidates.jsonl"):
         yield row | {"start": row["candidate"]}
@@ -47,27 +48,22 @@ def all_rows() -> Iterator[Row]:
 def rows_of_runs() -> Iterator[Row]:
     """Every fine-tuning of a target in runs/, from checkpoints too."""
     for run in sorted((HERE / "runs").iterdir()):
-        rates = {
-            setting_of(load(run, [f"finetune.lr={rate}"]), "targets", target): rate
-            for rate in (0.03, 0.1)
-            for target in TARGETS
-        }
+        recipes = {rate: load(run, [f"finetune.lr={rate}"]) for rate in (0.03, 0.1)}
+        rates = {setting_of(recipes[rate], "targets", target): rate for rate in recipes for target in TARGETS}
         for row in read_evaluation(run):
             if row["setting"] in rates:
-                start = "scratch" if row["checkpoint"] == "scratch" else row["method"]
+                start = SCRATCH if row["checkpoint"] == SCRATCH else row["method"]
                 yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
 
 
-def averages(
-    rows: Iterable[Row], images: int, rate: float, targets: Sequence[str] = TARGETS
-) -> dict[Any, dict[int, float]]:
-    """Start -> seed -> accuracy in %, mean of the targets, where all are there."""
+def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
+    """Start -> seed -> accuracy in %, mean of the three targets, where all three are there."""
     found: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["target"] in targets and (row["train_images"], row["finetune_lr"]) == (images, rate):
+        if row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
             found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
     return {
-        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(targets)}
+        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
         for start, seeds in found.items()
     }
 
@@ -125,13 +121,14 @@ def tuned() -> None:
 
 def soon() -> None:
     """Prints shifting's accuracy against inner steps, and by which factor it is sooner at Reptile's last one."""
-    ends = list(all_rows())
+    rows = [row for row in rows_of_runs() if (row["train_images"], row["finetune_lr"]) == (1000, 0.1)]
+    reptile = [row for row in rows if row["start"] == "reptile" and row["checkpoint"] == FINAL]
+    late = [row for row in rows if row["start"] == "trajectory-shifting" and row["inner_steps"] > 1000]
     early = [row for row in read_jsonl(HERE / "rows.jsonl") if row["study"].startswith("early")]
-    late = [row for row in rows_of_runs() if row["start"] == "trajectory-shifting" and row["inner_steps"] > 1000]
-    rows = [row | {"start": row["inner_steps"]} for row in early + late]
-    steps = sorted({row["start"] for row in rows})
-    draw_soon(ends, rows, steps)
-    last, by_steps = averages(ends, 1000, 0.1)["reptile"], averages(rows, 1000, 0.1)
+    shifting = [row | {"start": row["inner_steps"], "label": "trajectory-shifting"} for row in early + late]
+    draw_soon(reptile, shifting)
+    last, by_steps = averages(reptile, 1000, 0.1)["reptile"], averages(shifting, 1000, 0.1)
+    steps = sorted(by_steps)
     print("| inner steps | trajectory-shifting | minus Reptile after 2,000 |\n|---|---|---|")
     for step in steps:
         behind = interval([value - last[seed] for seed, value in by_steps[step].items()])
@@ -145,20 +142,15 @@ def soon() -> None:
     print(f"\nfactor {shown(interval(factors))}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
 
 
-def draw_soon(ends: list[Row], rows: list[Row], steps: list[int]) -> None:
+def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
     """Draws soon.svg: shifting against inner steps, Reptile's last accuracy as a level."""
-    panels, levels = {}, {}
-    for name, targets in {"average": TARGETS, **{target: (target,) for target in TARGETS}}.items():
-        at = averages(rows, 1000, 0.1, targets)
-        points = tuple(interval([*at[step].values()]) for step in steps)
-        panels[name] = [Curve(label="trajectory-shifting", x=tuple(map(float, steps)), y=points)]
-        last = averages(ends, 1000, 0.1, targets)["reptile"]
-        levels[name] = {"reptile after 2,000": interval([*last.values()])}
-    styles = looks(["trajectory-shifting", "reptile after 2,000"])
-    figure = curve_figure(
-        panels, styles, metric="percent", xlabel="inner steps", ylabel="test accuracy (%)", levels=levels
-    )
-    save(figure, "soon", HERE)
+    panels, levels, level = {}, {}, "reptile after 2,000"
+    for target in (None, *TARGETS):
+        curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
+        panels[target or "average"] = curve(shifting)
+        levels[target or "average"] = {level: curve(reptile)[0].y[-1]}
+    styles = looks(["trajectory-shifting", level])
+    save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "soon", HERE)
     (HERE / "soon.png").unlink()
 
 
