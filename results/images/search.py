@@ -60,6 +60,7 @@ EARLY = Study(
     every=200,
 )
 META_FIRST = ("meta_lr", "inner_lr", "meta_lr")
+AT_32 = ("data.size=32", "data.crop_padding=4", "autocast=bfloat16")
 STUDIES = (
     *(replace(EARLY, name=f"early-{seed}", seeds=(seed,)) for seed in range(5)),
     Study(
@@ -92,6 +93,10 @@ STUDIES = (
     Study(name="fomaml", method="fomaml", meta_lr=1.0, order=META_FIRST),
     Study(name="imaml", method="imaml", meta_lr=1.0, order=META_FIRST),
     Study(name="anil", method="anil", meta_lr=1.0, order=META_FIRST),
+    Study(name="reptile-horizon-1000", method="reptile", horizon=1000, meta_lr=2.0, order=("meta_lr",)),
+    Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
+    Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, overrides=AT_32),
+    Study(name="reptile-size-32", method="reptile", meta_lr=2.0, overrides=AT_32),
 )
 
 
