@@ -24,7 +24,7 @@ from trajshift.pool import stop_on_signal
 from trajshift.rows import read_jsonl
 
 HERE = Path(__file__).parent
-TUNING, ROWS = HERE / "tuning.jsonl", HERE / "rows.jsonl"
+TUNING, CANDIDATES, ROWS = (HERE / f"{name}.jsonl" for name in ("tuning", "candidates", "rows"))
 GRID = [float(f"{digit}e{power}") for power in range(-4, 3) for digit in (1, 2, 5)]
 FINETUNE_LRS = (0.03, 0.1)
 Rates = dict[str, float | None]
@@ -48,6 +48,10 @@ class Study:
     finetune_lrs: tuple[float, ...] = FINETUNE_LRS
     every: int | None = None
     """Goes to the targets from phi after each so many inner steps as well."""
+    candidate: bool = False
+    """Scored on mnist at these rates, as one of the candidates of README.md."""
+    variant: str | None = None
+    """One of variants.py."""
 
 
 EARLY = Study(
@@ -59,6 +63,7 @@ EARLY = Study(
     finetune_lrs=(0.1,),
     every=200,
 )
+CANDIDATE = Study(name="candidate", method="trajectory-shifting", meta_lr=0.1, seeds=(), candidate=True)
 META_FIRST = ("meta_lr", "inner_lr", "meta_lr")
 AT_32 = ("data.size=32", "data.crop_padding=4", "autocast=bfloat16")
 STUDIES = (
@@ -97,6 +102,12 @@ STUDIES = (
     Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
     Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, overrides=AT_32),
     Study(name="reptile-size-32", method="reptile", meta_lr=2.0, overrides=AT_32),
+    replace(CANDIDATE, name="shifting every 5 steps", meta_lr=0.5, overrides=("meta_every=5",)),
+    replace(CANDIDATE, name="shifting, horizon grows", variant="growing-horizon"),
+    replace(CANDIDATE, name="shifting, heads renewed", overrides=("renew=[heads]",)),
+    replace(CANDIDATE, name="shifting, optimizer renewed", overrides=("renew=[optimizer]",)),
+    replace(CANDIDATE, name="shifting, heads first", variant="heads-first"),
+    replace(CANDIDATE, name="shifting, tasks weighted by loss", variant="weights-by-loss"),
 )
 
 
@@ -104,7 +115,7 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
     """The run directory of one meta-training, trained or resumed where it is not finished."""
     data = Path(sys.argv[1]).resolve()
     label = "-".join(f"{value:g}" for value in rates.values() if value is not None)
-    directory = Path("runs/images") / f"{study.name}-{label}-{seed}"
+    directory = Path("runs/images") / f"{study.name.replace(', ', '-').replace(' ', '-')}-{label}-{seed}"
     if (directory / "initialization.safetensors").is_file():
         return directory
     command = ["--resume", str(directory)]
@@ -126,7 +137,8 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
             *(("output.keep=null",) if study.every else ()),
             *study.overrides,
         ]
-    subprocess.run([sys.executable, "-m", "trajshift", "train", *command, "--quiet"], check=True)
+    program = ["-m", "trajshift"] if study.variant is None else [str(HERE / "variants.py"), study.variant]
+    subprocess.run([sys.executable, *program, "train", *command, "--quiet"], check=True)
     return directory
 
 
@@ -147,14 +159,17 @@ def keep(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def score(study: Study, rates: Rates) -> float:
     """Accuracy on mnist, mean of 100, 250 and 1,000 images, at the better fine-tuning rate."""
+    file, wanted = TUNING, {"method": study.method, "horizon": study.horizon, **rates}
+    if study.candidate:
+        file, wanted = CANDIDATES, {"candidate": study.name, "rates": f"i{rates['inner_lr']:g}-b{rates['meta_lr']:g}"}
 
     def known() -> list[dict[str, Any]]:
-        wanted = {"method": study.method, "horizon": study.horizon, **rates}
-        return [row for row in read_jsonl(TUNING) if wanted.items() <= row.items()]
+        return [row for row in read_jsonl(file) if wanted.items() <= row.items()]
 
     for rate in FINETUNE_LRS:
         if sum(row["finetune_lr"] == rate for row in known()) < 3:
-            keep(TUNING, fine_tunings(study, rates, 0, rate, targets="tuning", train_images=[100, 250, 1000]))
+            rows = fine_tunings(study, rates, 0, rate, targets="tuning", train_images=[100, 250, 1000])
+            keep(file, [wanted | row for row in rows])
     rows = known()
     best = max(sum(row["accuracy"] for row in rows if row["finetune_lr"] == rate) / 3 for rate in FINETUNE_LRS)
     print(f"{study.name} {json.dumps(rates)} {100 * best:.2f}", flush=True)
@@ -194,6 +209,8 @@ def work(study: Study) -> None:
 def finish(study: Study) -> None:
     """Searches the study's rates, then takes its seeds to the targets."""
     rates: Rates = {"inner_lr": study.inner_lr, "meta_lr": study.meta_lr}
+    if study.candidate:
+        score(study, rates)
     for name in study.order:
         start = rates[name]
         assert start is not None
