@@ -93,7 +93,7 @@ STUDIES = (
         order=("inner_lr", "meta_lr"),
         seeds=(0, 1, 2, 3, 4),
     ),
-    Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST),
+    Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST, seeds=(0, 1, 2, 3, 4)),
     Study(name="fomaml++", method="fomaml++", meta_lr=0.1, order=META_FIRST),
     Study(name="fomaml", method="fomaml", meta_lr=1.0, order=META_FIRST),
     Study(name="imaml", method="imaml", meta_lr=1.0, order=META_FIRST),
