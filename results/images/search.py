@@ -161,7 +161,8 @@ def score(study: Study, rates: Rates) -> float:
     """Accuracy on mnist, mean of 100, 250 and 1,000 images, at the better fine-tuning rate."""
     file, wanted = TUNING, {"method": study.method, "horizon": study.horizon, **rates}
     if study.candidate:
-        file, wanted = CANDIDATES, {"candidate": study.name, "rates": f"i{rates['inner_lr']:g}-b{rates['meta_lr']:g}"}
+        label = f"i{rates['inner_lr']:g}-b{rates['meta_lr']:g}"
+        file, wanted = CANDIDATES, {"candidate": study.name, "rates": label, "target": "mnist"}
 
     def known() -> list[dict[str, Any]]:
         return [row for row in read_jsonl(file) if wanted.items() <= row.items()]
