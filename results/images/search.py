@@ -22,6 +22,7 @@ import torch
 from trajshift.evaluate import evaluate_runs
 from trajshift.pool import stop_on_signal
 from trajshift.rows import read_jsonl
+from trajshift.rundir import RunDirectory
 
 HERE = Path(__file__).parent
 TUNING, CANDIDATES, ROWS = (HERE / f"{name}.jsonl" for name in ("tuning", "candidates", "rows"))
@@ -111,6 +112,14 @@ STUDIES = (
 )
 
 
+class TrainingFailed(Exception):
+    """A training ended with an error, whose text this holds."""
+
+
+class Diverged(TrainingFailed):
+    """A training stopped at a loss or parameter that is not finite."""
+
+
 def run(study: Study, rates: Rates, seed: int) -> Path:
     """The run directory of one meta-training, trained or resumed where it is not finished."""
     data = Path(sys.argv[1]).resolve()
@@ -119,7 +128,7 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
     if (directory / "initialization.safetensors").is_file():
         return directory
     command = ["--resume", str(directory)]
-    if not directory.exists():
+    if not RunDirectory(directory).exists:  # not begun, or stopped before its first row
         command = [
             "small-images",
             f"data.root={data}",
@@ -138,7 +147,9 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
             *study.overrides,
         ]
     program = ["-m", "trajshift"] if study.variant is None else [str(HERE / "variants.py"), study.variant]
-    subprocess.run([sys.executable, *program, "train", *command, "--quiet"], check=True)
+    done = subprocess.run([sys.executable, *program, "train", *command, "--quiet"], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise (Diverged if "is not finite" in done.stderr else TrainingFailed)(done.stderr.strip())
     return directory
 
 
@@ -181,7 +192,8 @@ def score_with(study: Study, rates: Rates, name: str, value: float) -> float:
     """The score with one rate changed; 0 where training diverges."""
     try:
         return score(study, {**rates, name: value})
-    except subprocess.CalledProcessError:
+    except Diverged as error:
+        print(f"{study.name} diverged: {error}", flush=True)
         return 0.0
 
 
@@ -201,7 +213,7 @@ def work(study: Study) -> None:
     try:
         with stop_on_signal():  # a training under way ends with its worker
             finish(study)
-    except subprocess.CalledProcessError as error:
+    except TrainingFailed as error:
         print(f"{study.name} stopped: {error}", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
