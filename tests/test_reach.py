@@ -71,6 +71,23 @@ def test_every_seed_is_held_against_the_reference_in_that_seed() -> None:
     assert alone.seed_cells() == []
 
 
+def test_a_seed_that_is_not_finished_has_no_end_to_reach() -> None:
+    """Reptile's seed 1 was fine-tuned from its first checkpoint alone, which is no goal."""
+    rows = made(SHIFT_WINS)
+    half = [row for row in rows if (row["label"], row["seed"]) != ("reptile", 1) or row["inner_steps"] == 100]
+    found = table(half)
+    assert found.goals == pytest.approx({"a": 0.71, "b": 0.61, "average": 0.66})
+    assert found.lines == table([row for row in rows if row["seed"] == 0]).lines
+
+
+def test_a_mean_counts_where_all_seeds_are() -> None:
+    """Seed 1 of shift, the worse one, ends at step 100: what seed 0 alone reaches later is no mean over seeds."""
+    rows = made(SHIFT_WINS)
+    half = [row for row in rows if (row["label"], row["seed"]) != ("shift", 1) or row["inner_steps"] == 100]
+    shift = table(half).lines[0]
+    assert shift.steps == {"a": None, "b": 100, "average": None}
+
+
 def test_a_loss_is_better_the_lower() -> None:
     values: Curves = {"shift": {"a": [0.9, 0.4, 0.3]}, "reptile": {"a": [0.9, 0.6, 0.5]}}
     found = table(made(values, "mse"))

@@ -63,7 +63,7 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
     A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
-    means over seeds; how far seeds disagree is in `by_seed`.
+    means over the seeds that the reference has finished; how far these disagree is in `by_seed`.
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
     # steps need checkpoints: what was fine-tuned at the end alone says nothing about when
@@ -76,8 +76,8 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     goals = {name: best.targets[name].mean for name in final.targets if name in best.targets}
     if len(final.targets) > 1 and best.average is not None:
         goals[AVERAGE] = best.average.mean
-    seeds = sorted({row["seed"] for row in chosen if row["label"] == best.label})
-    of_seed = {seed: [row for row in chosen if row["seed"] == seed] for seed in seeds}
+    chosen = [row for row in chosen if row["seed"] in best.seeds]
+    of_seed = {seed: [row for row in chosen if row["seed"] == seed] for seed in sorted(best.seeds)}
     steps, by_seed = {}, {}
     for name in goals:
         curve = partial(curves, x="inner_steps", metric=final.metric, target=None if name == AVERAGE else name)
@@ -99,10 +99,12 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
 
 
 def _first(found: Sequence[Curve], sign: float, goal: float) -> dict[str, int | None]:
-    """Of every method the inner steps of the first mean that is as good as the goal."""
+    """Of every method the inner steps of the first mean over all its seeds that is as good as the goal."""
     first: dict[str, int | None] = {}
     for curve in found:
-        reached = [x for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and sign * (y.mean - goal) >= -1e-12]
+        whole = max(y.count for y in curve.y)
+        points = [(x, y.mean) for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and y.count == whole]
+        reached = [x for x, mean in points if sign * (mean - goal) >= -1e-12]
         first[curve.label] = int(reached[0]) if reached else None
     return first
 
