@@ -284,14 +284,18 @@ def test_a_half_written_last_line_is_left_out_and_then_cut(tmp_path: Path) -> No
     append_row(file, {"a": 1})
     with open(file, "a") as stream:
         stream.write('{"a": 2, "b"')
-    assert read_evaluation(tmp_path) == [{"a": 1}]
+    assert read_jsonl(file) == [{"a": 1}]
     append_row(file, {"a": 3})
-    assert read_evaluation(tmp_path) == [{"a": 1}, {"a": 3}]
+    assert read_jsonl(file) == [{"a": 1}, {"a": 3}]
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{"a": 1}, {"a": 3}]
 
 
-def test_damage_inside_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "word"), [('{"a"', "delimiter"), ("5", "line 2 is no mapping"), ("{}", "checkpoint in line 2 is None")]
+)
+def test_damage_inside_is_named(tmp_path: Path, line: str, word: str) -> None:
+    good = '{"checkpoint": 5, "target": "a", "steps": 1, "seed": 0, "inner_steps": 5, "method": "mtl"}'
     file = tmp_path / "evaluation.jsonl"
-    file.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
-    with pytest.raises(UsageError, match=r"evaluation\.jsonl is damaged"):
-        read_jsonl(file)
+    file.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(UsageError, match=rf"evaluation\.jsonl is damaged \(.*{word}"):
+        read_evaluation(tmp_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hub
 import pytest
@@ -17,7 +19,9 @@ from trajshift.data.prepare import prepare_cache
 from trajshift.data.registry import find
 from trajshift.errors import UsageError
 from trajshift.experiments.published import EXPERIMENTS, SCALES
-from trajshift.experiments.runs import experiment_jobs, sweep_choices
+from trajshift.experiments.runs import experiment_jobs, run_published
+from trajshift.experiments.tuned import read_tuned
+from trajshift.pool import Job, run_jobs
 from trajshift.presets import METHODS
 from trajshift.rows import collect
 from trajshift.rundir import RunDirectory
@@ -118,23 +122,56 @@ def test_the_published_settings() -> None:
     assert horizons == {10, 100, 1000}
 
 
-def test_rates_of_a_sweep_replace_the_published_ones(tmp_path: Path) -> None:
-    file = tmp_path / "sweep.json"
-    choice = {"reptile": {"method": "reptile", "meta_lr": "3"}, "mtl": {"inner.lr": "0.1", "method": "mtl"}}
-    file.write_text(json.dumps({"choice": choice}))
-    tuned = sweep_choices(file)
+def swept(file: Path, choice: dict[str, dict[str, str]], **parts: object) -> Path:
+    """A sweep.json."""
+    summary = {"recipe": "images-meta-train", "horizon": 1000, "choice": choice, "edges": {}, **parts}
+    file.write_text(json.dumps(summary))
+    return file
+
+
+def test_rates_of_sweeps_replace_the_published_ones(tmp_path: Path) -> None:
+    """Rates alone: the budget of the sweep stays with the sweep."""
+    reptile = {"reptile": {"method": "reptile", "meta_lr": "3", "rounds": "2", "finetune.steps": "5"}}
+    joint = {"mtl": {"inner.lr": "0.1", "method": "mtl", "meta_lr": "null"}}
+    files = [
+        swept(tmp_path / "a", reptile),
+        swept(tmp_path / "b", joint, edges={"mtl": ["inner.lr=0.1 is the largest"]}),
+    ]
+    tuned = read_tuned(files, "images-meta-train", 1000)
+    assert [note.partition(":")[0] for note in tuned.notes] == ["mtl"]
     jobs = experiment_jobs("images-meta-train", seeds=1, tuned=tuned)
     rates = {job.recipe.method: (job.recipe.meta_lr, job.recipe.inner.lr) for job in jobs}
     assert rates["reptile"] == (3, 0.01)
     assert rates["mtl"] == (None, 0.1)
     assert rates["leap"] == (None, 0.01)
+    assert {(job.recipe.rounds, job.recipe.finetune.steps) for job in jobs} == {(200, 1000)}
     jobs = experiment_jobs("images-horizon", seeds=1, tuned=tuned)
-    reptile = {job.recipe.horizon: job.recipe.meta_lr for job in jobs if job.recipe.method == "reptile"}
-    assert reptile == {10: 1, 100: 1, 1000: 3}
-    for text in ("{", json.dumps({"choice": {"": {"meta_lr": "1"}}})):
-        file.write_text(text)
-        with pytest.raises(UsageError, match=r"sweep\.json"):
-            sweep_choices(file)
+    by_horizon = {job.recipe.horizon: job.recipe.meta_lr for job in jobs if job.recipe.method == "reptile"}
+    assert by_horizon == {10: 1, 100: 1, 1000: 3}
+
+
+@pytest.mark.parametrize(
+    ("choice", "parts", "word"),
+    [
+        ({"": {"meta_lr": "1"}}, {}, "no choice for each method"),
+        ({"reptile": 3}, {}, "no readable"),
+        ([1], {}, "no readable"),
+        ({"reptile": {"meta_lr": "1"}}, {"recipe": "digits"}, "sweep of recipe 'digits'"),
+        ({"reptile": {"meta_lr": "1"}}, {"horizon": 200}, "at horizon 200"),
+        ({"reptile": {"meta_lr": "1", "horizon": "20"}}, {}, "at horizon 20"),
+    ],
+)
+def test_a_sweep_that_does_not_fit_is_refused(
+    tmp_path: Path, choice: dict[str, dict[str, str]], parts: dict[str, object], word: str
+) -> None:
+    with pytest.raises(UsageError, match=word):
+        read_tuned([swept(tmp_path / "sweep.json", choice, **parts)], "images-meta-train", 1000)
+
+
+def test_two_sweeps_of_one_method_are_refused(tmp_path: Path) -> None:
+    file = swept(tmp_path / "sweep.json", {"reptile": {"meta_lr": "1"}})
+    with pytest.raises(UsageError, match="leave one of them out"):
+        read_tuned([file, file], "images-meta-train", 1000)
 
 
 def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +188,56 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
     assert used == [1]
 
 
-def test_refusals() -> None:
-    with pytest.raises(UsageError, match="scale is 'smal'"):
-        experiment_jobs("images-ablation", scale="smal")
-    with pytest.raises(UsageError, match="seeds is 0"):
-        experiment_jobs("images-ablation", seeds=0)
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("images-ablation", {"scale": "smal"}, "scale is 'smal'"),
+        ("images-ablation", {"seeds": 0}, "seeds is 0"),
+        ("images-ablation", {"overrides": ["seed=7"]}, "give --seeds N"),
+        ("images-ablation", {"overrides": ["output.name=a"]}, "give --out DIR"),
+        ("images-ablation", {"overrides": ["method=reptile"]}, "set method of their own"),
+        ("images-ablation", {"overrides": ["meta_lr=1"]}, "rates with --tuned"),
+        ("images-horizon", {"overrides": ["rounds=4"]}, "set rounds of their own"),
+    ],
+)
+def test_refusals(name: str, options: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        experiment_jobs(name, **options)
+
+
+def test_missing_caches_are_named_before_any_training(root: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for cache in (root / "data").iterdir():
+        if cache.name not in ("stl10", "quickdraw"):
+            (data / cache.name).symlink_to(cache)
+    with pytest.raises(UsageError, match=r"no cache of 'quickdraw'.*likewise cache:stl10"):
+        run_published("images-ablation", scale="check", seeds=1, overrides=[f"data.root={data}"], out=tmp_path / "out")
+    assert not list(tmp_path.glob("out/*seed0"))
+
+
+def test_a_page_shows_the_sizes_of_its_own_experiment(root: Path, tmp_path: Path) -> None:
+    """imagenet-few-data leaves more sizes in the runs that imagenet-continue takes up."""
+    words = [f"data.root={root / 'data'}", f"initialization={root / 'resnet18.pth'}", "threads=1"]
+    run = partial(run_published, scale="check", seeds=1, overrides=words, workers=1, out=root / "imagenet-continue")
+    run("imagenet-few-data")
+    page = run("imagenet-continue").read_text()
+    assert "8 training images" in page
+    assert "4 training images" not in page
+
+
+def test_runs_that_fail_end_the_command_with_an_error_and_are_on_the_page(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(jobs: Sequence[Job], **options: Any) -> dict[Path, str]:
+        return {**run_jobs(jobs[:-1], **options), jobs[-1].path: "it broke"}
+
+    monkeypatch.setattr("trajshift.experiments.runs.run_jobs", failing)
+    words = [f"data.root={root / 'data'}", "threads=1"]
+    with pytest.raises(UsageError, match=r"1 of 4 runs failed .*: it broke"):
+        run_published(
+            "images-ablation", scale="check", seeds=1, overrides=words, workers=1, out=root / "images-meta-train"
+        )
+    page = (root / "images-meta-train" / "images-ablation.html").read_text()
+    assert "reptile-seed0: it broke" in page
+    assert "no-shifting" in page

@@ -16,11 +16,11 @@ import pytest
 
 from trajshift.comparison import summary_table
 from trajshift.errors import UsageError
-from trajshift.figures import _aligned, looks
+from trajshift.figures import aligned, looks
 from trajshift.recipe import load, to_yaml
 from trajshift.report import write_report
 from trajshift.results import verdict
-from trajshift.rows import append_row, collect
+from trajshift.rows import append_row, collect, read_jsonl
 
 METHODS = {"trajectory-shifting": 0.74, "reptile": 0.70, "no-shifting": 0.699}
 TARGETS = {"six-to-nine": 0.05, "digit-and-turn": 0.0, "digit-and-side": -0.06}
@@ -139,7 +139,7 @@ def test_many_runs(runs: list[Path], page: Path) -> None:
     sizes = [f"{name}{suffix}" for name in ("comparison", "tests") for suffix in ("", "-2", "-3")]
     assert saved == {
         *(f"{name}.{kind}" for name in names for kind in ("svg", "png")),
-        *(f"{name}.{kind}" for name in [*sizes, *names[1:3], names[-1], "reach"] for kind in ("csv", "md")),
+        *(f"{name}.{kind}" for name in [*sizes, *names[1:5], names[-1], "reach"] for kind in ("csv", "md")),
     }
     summary = summary_table(collect(runs)[0])
     for cell in [cell for row in [*summary.cells(), *summary.test_cells()] for cell in row]:
@@ -176,6 +176,16 @@ def test_tables_are_saved_as_numbers_and_as_text(runs: list[Path], page: Path) -
     text = (folder / "few_data.md").read_text()
     assert "| target | method | 5 | 20 |" in text
     first = next(row for row in few if row["target"] == "average of targets" and row["train_images"] == "5")
+    loss = [
+        row for row in numbers(folder / "training_loss.csv") if (row["method"], row["task"]) == ("reptile", "parity")
+    ]
+    logged = [read_jsonl(run / "metrics.jsonl") for run in runs if run.name.startswith("reptile")]
+    of_seed = [[row["tasks"]["parity"]["loss"] for row in rows] for rows in logged]
+    assert [float(row["inner_steps"]) for row in loss] == [row["inner_steps"] for row in logged[0]]
+    assert [float(row["mean_loss"]) for row in loss] == pytest.approx(np.mean(of_seed, 0))
+    assert [float(row["most"]) for row in loss] == pytest.approx(np.max(of_seed, 0))
+    tenth = f"{np.mean(of_seed, 0)[:4].mean():.4f}"  # 40 rows in ten parts
+    assert f"| parity | reptile | {tenth} |" in (folder / "training_loss.md").read_text()
     cell = f"{100 * float(first['mean_accuracy']):.2f} \u00b1 {100 * float(first['half_width']):.2f}"
     assert f"| average of targets | {first['method']} | {cell} |" in text
     assert (folder / "inner_steps.md").is_file()
@@ -242,6 +252,47 @@ def test_half_written_rows_are_tolerated(tmp_path: Path) -> None:
         with open(run / name, "a") as file:
             file.write('{"step": 410, "inn')
     assert write_report([run]).read_bytes() == before
+
+
+def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
+    whole, half, bare = (make_run(tmp_path, "reptile", seed) for seed in range(3))
+    rows = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_text("".join(rows[:20]))
+    (bare / "evaluation.jsonl").unlink()
+    _, text = read(write_report([whole, half, bare], notes=["A word of the caller."]))
+    assert "reptile-1 is not finished: 200 of 400 inner steps" in text
+    assert "reptile-2 is not in the tables" in text
+    assert "A word of the caller." in text
+    assert "reptile-0 is" not in text
+
+
+def test_a_page_may_show_some_sizes_alone(runs: list[Path], tmp_path: Path) -> None:
+    _, text = read(write_report(runs, tmp_path, train_images=[20]))
+    assert "20 training images" in text
+    assert "5 training images" not in text.replace("25 training", "")
+    assert not (tmp_path / "report-figures" / "few_data.csv").exists()
+
+
+def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
+    paths = []
+    for horizon, gain in ((50, 0.0), (100, 0.1)):
+        for seed in (0, 1):
+            path = make_run(tmp_path / str(horizon), "reptile", seed, checkpoints=False, sizes=(None,))
+            recipe = load(path, [f"horizon={horizon}", f"rounds={400 // horizon}"])
+            (path / "recipe.yaml").write_text(to_yaml(recipe))
+            saved = read_jsonl(path / "evaluation.jsonl")
+            (path / "evaluation.jsonl").unlink()
+            for row in saved:
+                append_row(path / "evaluation.jsonl", row | {"accuracy": row["accuracy"] + gain})
+            paths.append(path.rename(path.with_name(f"{path.name}-{horizon}")))
+    folder = write_report(paths, tmp_path).parent / "report-figures"
+    average = [row for row in numbers(folder / "horizon.csv") if row["target"] == "average of targets"]
+    assert [(row["method"], row["horizon"], row["seeds"]) for row in average] == [
+        ("reptile", "50", "2"), ("reptile", "100", "2")
+    ]  # fmt: skip
+    low, high = (float(row["mean_accuracy"]) for row in average)
+    assert high - low == pytest.approx(0.1)
+    assert (folder / "horizon.svg").exists()
 
 
 def test_texts_are_escaped(tmp_path: Path) -> None:
@@ -315,11 +366,11 @@ def test_verdict_claims_no_more_than_the_tests_do() -> None:
 def test_long_series_are_averaged_in_bins_that_keep_the_mean() -> None:
     x = np.arange(1, 3001)
     y = np.sin(x / 100)
-    places, values = _aligned([(x, y), (x, y + 1)])
+    places, values = aligned([(x, y), (x, y + 1)])
     assert values.shape == (2, 150)
     assert places[0] == pytest.approx(10.0)
     assert values.mean(1) == pytest.approx([y.mean(), y.mean() + 1])
-    short, same = _aligned([([1, 2], [3, 4])])
+    short, same = aligned([([1, 2], [3, 4])])
     assert short.tolist() == [1, 2]
     assert same.tolist() == [[3, 4]]
 

@@ -183,14 +183,19 @@ def sweep(
     ],
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/RECIPE-sweep.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, at most.")] = None,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Go on beyond an end of the rates (fields in lr) while the best lies there."),
+    ] = False,
 ) -> None:
-    """Train a grid of runs, fine-tune each on the recipe's tuning tasks, and choose.
+    """Train a grid of runs, fine-tune each on the recipe's tuning tasks, and choose for each method.
 
-    Resumable: the same command goes on where it stopped.
+    Joint training has no meta_lr and is run once for all of its values. Resumable: the same command goes on where
+    it stopped.
     """
     from trajshift.sweep import run_sweep
 
-    run_sweep(recipe, grid, output=output, jobs=jobs)
+    run_sweep(recipe, grid, output=output, jobs=jobs, extend=extend)
 
 
 def main() -> None:

@@ -284,6 +284,11 @@ def _unlike(rows: Sequence[Row]) -> list[str]:
                 f"results on {target} come from {len(found)} settings of model, data or fine-tuning: "
                 "the comparison is not like with like"
             )
+    fewer = {row["target"]: row["images"] for row in rows if row.get("images", 0) < (row.get("train_images") or 0)}
+    if fewer:
+        wanted = rows[0]["train_images"]
+        shown = ", ".join(f"{target} has {images:,}" for target, images in fewer.items())
+        notes.append(f"not all targets have {wanted:,} training images: {shown}")
     budgets = {row["inner_steps"] for row in rows if row["checkpoint"] == FINAL}
     if len(budgets) > 1:
         shown = " and ".join(f"{budget:,}" for budget in sorted(budgets))

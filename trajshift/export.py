@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trajshift.comparison import Curve, Summary
+from trajshift.figures import Series, aligned
 from trajshift.reach import ReachTable
 from trajshift.statistics import Estimate
 
@@ -77,6 +78,29 @@ def curves_markdown(file: Path, panels: Mapping[str, Sequence[Curve]], show: Sho
             at = dict(zip(curve.x, curve.y, strict=True))
             rows.append([target, curve.label, *(show(at.get(place)) for place in places)])
     write_markdown(file, ["target", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
+
+
+def training_csv(file: Path, panels: Mapping[str, Mapping[str, Sequence[Series]]], quantity: str) -> None:
+    """Task x method x place: mean over seeds, the least and the most."""
+    rows: list[list[Any]] = []
+    for task, by_label in panels.items():
+        for label, series in by_label.items():
+            x, values = aligned(series)
+            columns = (x, values.mean(0), values.min(0), values.max(0))
+            rows += [[label, task, *map(float, place), len(values)] for place in zip(*columns, strict=True)]
+    write_csv(file, ["method", "task", "inner_steps", f"mean_{quantity}", "least", "most", "seeds"], rows)
+
+
+def training_markdown(file: Path, panels: Mapping[str, Mapping[str, Sequence[Series]]], caption: str) -> None:
+    """A line for every task and method, a column for the mean over seeds in each of ten parts of meta-training."""
+    lines: dict[tuple[str, str], dict[float, float]] = {}
+    for task, by_label in panels.items():
+        for label, series in by_label.items():
+            x, values = aligned(series, 10)
+            lines[task, label] = dict(zip(x.tolist(), values.mean(0).tolist(), strict=True))
+    places = sorted({place for line in lines.values() for place in line})
+    rows = [[*names, *(f"{line[x]:.4f}" if x in line else "-" for x in places)] for names, line in lines.items()]
+    write_markdown(file, ["task", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
 
 
 def reach_csv(file: Path, table: ReachTable) -> None:

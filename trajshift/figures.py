@@ -156,7 +156,7 @@ def training_figure(panels: Mapping[str, Mapping[str, Sequence[Series]]], styles
     for axis, (name, by_label) in zip(axes, panels.items(), strict=True):
         for label, runs in by_label.items():
             style = {key: value for key, value in styles[label].items() if key != "marker"}
-            x, values = _aligned(runs)
+            x, values = aligned(runs)
             axis.plot(x, values.mean(0), label=label, lw=1.3, **style)
             if len(values) > 1:
                 axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.14, lw=0)
@@ -257,19 +257,19 @@ def _unit(metric: str) -> str:
     return "test accuracy in %" if metric == "accuracy" else f"test {metric}"
 
 
-def _aligned(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
-    """Common `x` `[N]` and values `[runs, N]`: as they are if short and equal, else means in up to 150 bins."""
+def aligned(runs: Sequence[Series], bins: int = _BINS) -> tuple[np.ndarray, np.ndarray]:
+    """Common `x` `[N]` and values `[runs, N]`: as they are if short and equal, else means in up to `bins` bins."""
     first = np.asarray(runs[0][0], dtype=float)
-    if len(first) <= _BINS and all(np.array_equal(first, x) for x, _ in runs):
+    if len(first) <= bins and all(np.array_equal(first, x) for x, _ in runs):
         return first, np.array([y for _, y in runs], dtype=float)
     end = min(max(x) for x, _ in runs)
-    edges = np.linspace(0, end, _BINS + 1)
-    means = np.full((len(runs), _BINS), np.nan)
+    edges = np.linspace(0, end, bins + 1)
+    means = np.full((len(runs), bins), np.nan)
     for row, (x, y) in zip(means, runs, strict=True):
-        places = np.clip(np.searchsorted(edges, np.asarray(x, dtype=float)) - 1, 0, _BINS - 1)
+        places = np.clip(np.searchsorted(edges, np.asarray(x, dtype=float)) - 1, 0, bins - 1)
         inside = np.asarray(x) <= end
-        counts = np.bincount(places[inside], minlength=_BINS)
-        sums = np.bincount(places[inside], weights=np.asarray(y, dtype=float)[inside], minlength=_BINS)
+        counts = np.bincount(places[inside], minlength=bins)
+        sums = np.bincount(places[inside], weights=np.asarray(y, dtype=float)[inside], minlength=bins)
         row[counts > 0] = sums[counts > 0] / counts[counts > 0]
     kept = ~np.isnan(means).any(0)
     return ((edges[1:] + edges[:-1]) / 2)[kept], means[:, kept]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import IO
 from trajshift.errors import UsageError
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe
+from trajshift.recipe_fields import DataRecipe, TaskRecipe
+from trajshift.rows import FILE
 from trajshift.rundir import RunDirectory, disk_errors
 
 LOOK_EVERY = 1.0
@@ -46,6 +48,20 @@ class Job:
     train_images: tuple[int, ...] | None = None
     """Numbers of training images per task; None takes the recipe's."""
 
+    def tuned_tasks(self) -> dict[str, TaskRecipe]:
+        """The tasks to fine-tune, by name."""
+        return {} if self.section is None else dict(getattr(self.recipe, self.section))
+
+    @property
+    def tuning_steps(self) -> int:
+        """Steps of all fine-tunings."""
+        starts, output = 1 + self.scratch, self.recipe.output
+        if self.checkpoints and output.checkpoint_every:
+            saved = -(-self.recipe.total_steps // output.checkpoint_every)
+            starts += saved if output.keep is None else min(saved, output.keep)
+        sizes = 1 if self.train_images is None else len(self.train_images)
+        return starts * sizes * len(self.tuned_tasks()) * self.recipe.finetune.steps
+
     def line(self) -> str:
         """The job as one line for a worker."""
         return json.dumps({**asdict(self), "path": str(self.path)}) + "\n"
@@ -63,11 +79,11 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
 
     Raises:
-        UsageError: a run directory holds a run of another recipe.
+        UsageError: a run directory holds a run of another recipe, or a cache is missing.
         KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
     """
-    for job in jobs:
-        RunDirectory(job.path).is_complete(job.recipe)  # refuses what is there but differs, before any work
+    # refuses what is there but differs, before any work
+    _refuse_missing_caches([job for job in jobs if not RunDirectory(job.path).is_complete(job.recipe)])
     workers = max(1, min(workers, len(jobs)))
     threads = max(1, cores() // workers)
     ready: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -90,6 +106,26 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     return failures
 
 
+def _refuse_missing_caches(jobs: Sequence[Job]) -> None:
+    """Opens every cache that will be needed, those of the targets too, which come last."""
+    wanted: dict[tuple[str, str], tuple[str, TaskRecipe, DataRecipe]] = {}
+    for job in jobs:
+        for name, task in (job.recipe.source_tasks() | job.tuned_tasks()).items():
+            if task.source.startswith("cache:"):
+                wanted[job.recipe.data.root, task.source] = (name, task, job.recipe.data)
+    errors = []
+    for name, task, data in wanted.values():
+        from trajshift.build import build_task
+
+        try:
+            build_task(name, task, data)
+        except UsageError as error:
+            errors.append((task.source, str(error)))
+    if errors:
+        others = ", ".join(source for source, _ in errors[1:])
+        raise UsageError(errors[0][1] + (f"; likewise {others}" if others else ""))
+
+
 def _with_threads(job: Job, threads: int) -> Job:
     """A run that is continued keeps the threads it was started with."""
     run = RunDirectory(job.path)
@@ -98,11 +134,18 @@ def _with_threads(job: Job, threads: int) -> Job:
 
 
 def _total(jobs: Sequence[Job]) -> int:
-    return sum(job.recipe.total_steps for job in jobs)
+    return sum(job.recipe.total_steps + job.tuning_steps for job in jobs)
 
 
-def _done(jobs: Sequence[Job]) -> int:
-    return sum(min(RunDirectory(job.path).last_step(), job.recipe.total_steps) for job in jobs)
+def _done(jobs: Sequence[Job], finished: Collection[Path] = ()) -> int:
+    """Steps of training, and of the fine-tunings that left a row."""
+    done = 0
+    for job in jobs:
+        done += min(RunDirectory(job.path).last_step(), job.recipe.total_steps)
+        rows = job.path / FILE
+        tuned = rows.read_bytes().count(b"\n") * job.recipe.finetune.steps if rows.exists() else 0
+        done += job.tuning_steps if job.path in finished else min(tuned, job.tuning_steps)
+    return done
 
 
 def _wait(
@@ -111,18 +154,19 @@ def _wait(
     failures: dict[Path, str],
     progress: Progress,
 ) -> None:
-    finished = 0
-    while finished < len(jobs):
+    finished: set[Path] = set()
+    while len(finished) < len(jobs):
         try:
             path, failure = results.get(timeout=LOOK_EVERY)
         except queue.Empty:
             pass
         else:
-            finished += 1
+            finished.add(path)
             if failure is not None:
                 failures[path] = failure
                 progress.note(f"{path.name} failed: {failure}")
-        progress.update(_done(jobs), note=f"{finished} of {len(jobs)} runs trained and fine-tuned")
+        note = f"{len(finished)} of {len(jobs)} runs trained and fine-tuned"
+        progress.update(_done(jobs, finished - failures.keys()), note=note)
 
 
 @contextmanager

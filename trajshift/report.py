@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trajshift import figures, results
-from trajshift.comparison import Row
+from trajshift.comparison import FINAL, Row
 from trajshift.errors import UsageError
+from trajshift.export import training_csv, training_markdown
 from trajshift.page import Page
 from trajshift.recipe import Recipe, load, to_yaml
 from trajshift.rows import collect, distinct, labels_of, read_jsonl
@@ -45,28 +46,36 @@ class Run:
         return float(self.timing[-1]["seconds"]) if self.timing and "seconds" in self.timing[-1] else None
 
 
-def write_report(paths: Sequence[Path | str], out: Path | str | None = None) -> Path:
+def write_report(
+    paths: Sequence[Path | str],
+    out: Path | str | None = None,
+    *,
+    train_images: Sequence[int | None] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
     """Writes the page for these run directories and returns its path.
 
-    `out` is the HTML file or a folder for it; None is `report.html` in the run, or in the folder above the
-    first of several. Figures go to a folder of the page's name beside it. The same files give the same page,
-    byte for byte.
+    `out` is the HTML file or a folder for it; None is `report.html` in the run, or in the folder above the first of
+    several. `train_images` limits the results to these numbers of training images (None in it: all of them); `notes`
+    are further sentences for the reader. Figures go to a folder of the page's name beside it. The same files give the
+    same page, byte for byte.
 
     Raises:
         UsageError: no run given, or a path that is no run directory.
     """
     runs = load_runs([Path(path) for path in paths])
-    rows, notes = collect([run.path for run in runs])
+    rows, left_out = collect([run.path for run in runs], train_images=train_images)
     target = _page_path(runs, out)
     folder = target.parent / f"{target.stem}-figures"
     styles = figures.looks(list(dict.fromkeys(run.label for run in runs)))
     page = Page(_title(runs))
     page.paragraph(_subtitle(runs), "quiet")
     final = results.comparison(page, rows, styles, folder)
-    for note in notes:
+    for note in (*notes, *left_out, *_unfinished(runs, rows)):
         page.paragraph(note, "note")
     if final:
         results.against_steps(page, rows, final, styles, folder)
+        results.against_horizon(page, rows, final, {run.path.name: run.recipe.horizon for run in runs}, folder)
         results.few_data(page, rows, final, styles, folder)
     _training(page, runs, styles, folder)
     _cost(page, runs)
@@ -78,6 +87,19 @@ def write_report(paths: Sequence[Path | str], out: Path | str | None = None) -> 
     return target
 
 
+def _unfinished(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+    """A sentence for each run that does not count, or not whole: figures show it as far as it is."""
+    evaluated = {row["run"] for row in rows if row["checkpoint"] == FINAL}
+    found = []
+    for run in runs:
+        done, total = run.last.get("step", 0), run.recipe.total_steps
+        if done < total:
+            found.append(f"{run.path.name} is not finished: {done:,} of {total:,} inner steps; its figures end there.")
+        elif evaluated and run.path.name not in evaluated:
+            found.append(f"{run.path.name} is not in the tables: trajshift evaluate fine-tunes its targets.")
+    return found
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Reads the run directories; every file but the recipe may be missing."""
     recipes = {path: load(path) for path in distinct(paths)}
@@ -87,7 +109,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             path=path,
             label=labels[path],
             recipe=recipe,
-            metrics=read_jsonl(path / "metrics.jsonl"),
+            metrics=read_jsonl(path / "metrics.jsonl", {"step": int, "inner_steps": int, "tasks": dict}),
             timing=read_jsonl(path / "timing.jsonl"),
             environment=_read_json(path / "environment.json"),
             choices=_read_json(path / "choices.json"),
@@ -162,6 +184,9 @@ def _training(page: Page, runs: Sequence[Run], styles: figures.Looks, folder: Pa
         if panels:
             figure = figures.training_figure(panels, styles, ylabel=ylabel)
             page.figure(figures.save(figure, f"training_{quantity}", folder), f"{caption}. {note}")
+            training_csv(folder / f"training_{quantity}.csv", panels, quantity)
+            about = f"{caption}: means over seeds in ten parts, named by the inner steps at their middle."
+            training_markdown(folder / f"training_{quantity}.md", panels, about)
     errors: dict[str, list[figures.Series]] = {}
     for run in logged:
         readings = [reading for row in run.metrics for reading in row.get("approximation_errors", ())]

@@ -5,7 +5,7 @@ Each figure is saved as SVG and PNG, each table as CSV (numbers) and Markdown (t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,33 @@ def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> Non
     page.table(table.header(), cells, caption)
     reach_csv(folder / "reach.csv", table)
     write_markdown(folder / "reach.md", table.header(), cells, caption)
+
+
+def against_horizon(page: Page, rows: Sequence[Row], final: Summary, horizons: Mapping[str, int], folder: Path) -> None:
+    """The result against the horizon K; nothing where no method has several, or one of them with two recipes."""
+    ends = [
+        row | {"horizon": horizons[row["run"]], "label": row["method"]}
+        for row in rows
+        if row["checkpoint"] == FINAL and row.get("train_images") == final.train_images and row["steps"] in final.steps
+    ]
+    tried = {method: {row["horizon"] for row in ends if row["method"] == method} for method in _methods(ends)}
+    places = {(row["method"], row["horizon"], row["seed"], row["target"]) for row in ends}
+    if len(places) < len(ends) or all(len(found) < 2 for found in tried.values()):
+        return
+    page.heading("The horizon")
+    panels = {name: curves(ends, "horizon", metric=final.metric, target=name) for name in final.targets}
+    if len(final.targets) > 1:
+        panels[AVERAGE] = curves(ends, "horizon", metric=final.metric)
+    styles = figures.looks(list(tried))
+    figure = figures.curve_figure(panels, styles, metric=final.metric, xlabel="horizon K", log=True)
+    caption = "Test result after fine-tuning against the horizon K: mean and 95% t-interval over seeds."
+    page.figure(figures.save(figure, "horizon", folder), caption)
+    curves_csv(folder / "horizon.csv", panels, "horizon", final.metric)
+    curves_markdown(folder / "horizon.md", panels, final.show, caption)
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))
 
 
 def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Looks, folder: Path) -> None:

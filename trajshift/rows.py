@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trajshift.comparison import FINAL, UNTRAINED, Row, label_runs
@@ -14,11 +15,15 @@ from trajshift.recipe import Recipe, flatten, load
 from trajshift.rundir import RunDirectory, read_rows
 
 FILE = "evaluation.jsonl"
+_FIELDS = {"checkpoint": (str, int), "target": str, "steps": int, "seed": int, "inner_steps": int, "method": str}
 
 
-def collect(paths: Sequence[Path | str], section: str = "targets") -> tuple[list[Row], list[str]]:
+def collect(
+    paths: Sequence[Path | str], section: str = "targets", *, train_images: Sequence[int | None] | None = None
+) -> tuple[list[Row], list[str]]:
     """All saved rows of these runs on one section's tasks, labelled, and notes on rows left out.
 
+    `train_images` takes only these numbers of training images (None in it: all of them).
     Where a fine-tuning was repeated with other settings the last one counts; rows from an initialization that
     has been trained further since are left out. Rows without meta-training count once for each seed.
     """
@@ -38,7 +43,8 @@ def collect(paths: Sequence[Path | str], section: str = "targets") -> tuple[list
                 "the initialization behind them has changed since"
             )
         for row in fresh:
-            if row.get("section", "targets") == section:
+            wanted = train_images is None or row.get("train_images") in train_images
+            if wanted and row.get("section", "targets") == section:
                 latest[place_of(row)] = row
         for row in latest.values():
             key = (None if row["checkpoint"] in UNTRAINED else path, *identity_of(row))
@@ -50,15 +56,32 @@ def collect(paths: Sequence[Path | str], section: str = "targets") -> tuple[list
 
 def read_evaluation(path: Path | str) -> list[Row]:
     """The rows of a run's evaluation.jsonl; a half-written last line is left out, a missing file has none."""
-    return read_jsonl(Path(path) / FILE)
+    return read_jsonl(Path(path) / FILE, _FIELDS)
 
 
-def read_jsonl(file: Path) -> list[Row]:
-    """The whole rows of a .jsonl file; says which file is damaged, and how to go on."""
+def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[Row]:
+    """The whole rows of a .jsonl file.
+
+    Args:
+        file: one mapping in a line.
+        fields: what every row must have: field -> type, or a tuple of types.
+
+    Raises:
+        UsageError: the file is damaged; says where, and how to go on.
+    """
     try:
-        return read_rows(file)
+        rows = read_rows(file)
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{file} is damaged (line {number} is no mapping); mend or delete the line")
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind):
+                raise UsageError(
+                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); mend or delete the line"
+                )
+    return rows
 
 
 def append_row(file: Path, row: Row) -> None:

@@ -233,7 +233,7 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
         others = f" (also {', '.join(refused[1:])})" if refused[1:] else ""
         raise UsageError(
             f"{where} was started with another recipe: {key} was {before.get(key)!r} and is now {after.get(key)!r}"
-            f"{others}; only tasks, rounds and output may change on resume; give the new run another name"
+            f"{others}; only tasks, rounds and output may change on resume; give the new run another name or folder"
         )
     return new
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trajshift.errors import UsageError
 from trajshift.pool import Job, cores, run_jobs
+from trajshift.presets import METHODS
 from trajshift.recipe import Recipe, find, load, split_override
 from trajshift.rundir import replace_file, run_name
 from trajshift.tables import console, print_table
@@ -18,6 +19,9 @@ from trajshift.yaml_text import parse_value
 
 Point = tuple[tuple[str, str], ...]
 """One combination of the grid: (field, value as written), fields in alphabetical order."""
+
+NONE = "null"
+"""A value left out."""
 
 REPEATS = "seed"
 """The axis that is averaged over; one choice is made for each value of `method`."""
@@ -68,26 +72,38 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def run_sweep(recipe: str, words: Sequence[str], *, output: Path | None = None, jobs: int | None = None) -> None:
+def run_sweep(
+    recipe: str, words: Sequence[str], *, output: Path | None = None, jobs: int | None = None, extend: bool = False
+) -> None:
     """Train and fine-tune the grid, print the table and the choice, and write both to sweep.json.
+
+    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice lies there.
 
     Raises:
         UsageError: a grid or recipe that cannot be, a recipe without tuning tasks, or no run that succeeded.
     """
     grid = parse_grid(words)
     folder = output or Path(load(recipe).output.directory) / f"{find(recipe).stem}-sweep"
-    work = grid_jobs(recipe, grid, folder)
-    where = next(iter(work.values())).recipe
-    workers = jobs or (cores() if where.device == "cpu" else 1)
-    failures = run_jobs(list(work.values()), workers=workers, title=folder.name, log=folder / "sweep.log")
-    results = collect_results(work, failures)
-    choices = choose(results)
+    work: dict[Point, Job] = {}
+    failures: dict[Path, str] = {}
+    more = points_of(grid)
+    while more:
+        new = grid_jobs(recipe, grid, more, folder)
+        where = next(iter(new.values())).recipe
+        workers = jobs or (cores() if where.device == "cpu" else 1)
+        failures |= run_jobs(list(new.values()), workers=workers, title=folder.name, log=folder / "sweep.log")
+        work |= new
+        results = collect_results(work, failures)
+        choices = choose(results)
+        more = beyond(choices, results, grid) if extend else []
     summary = {
-        "recipe": str(recipe),
+        "recipe": find(recipe).stem,
+        "horizon": where.horizon,
         "grid": grid,
         "tuning": list(where.tuning),
         "results": [{**asdict(result), "point": dict(result.point)} for result in results],
         "choice": {method: dict(result.point) for method, result in choices.items()},
+        "edges": {method: edges(result, results) for method, result in choices.items()},
     }
     replace_file(folder / "sweep.json", json.dumps(summary, indent=1) + "\n")
     _print(results, choices, grid, folder)
@@ -95,15 +111,36 @@ def run_sweep(recipe: str, words: Sequence[str], *, output: Path | None = None, 
         raise UsageError(f"all runs of the sweep failed; the first: {results[0].failure}")
 
 
-def grid_jobs(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path) -> dict[Point, Job]:
-    """One job for each combination of values, its recipe checked."""
-    jobs: dict[Point, Job] = {}
+def points_of(grid: Mapping[str, Sequence[str]]) -> list[Point]:
+    """Every combination of the grid; joint training has no meta_lr, and is there once for all of its values."""
+    points: list[Point] = []
     for values in itertools.product(*grid.values()):
-        point = tuple(zip(grid, values, strict=True))
-        loaded = load(recipe, [f"{field}={value}" for field, value in point])
+        point = dict(zip(grid, values, strict=True))
+        if "meta_lr" in point and _has_no_meta_lr(point):
+            point["meta_lr"] = NONE
+        points.append(tuple(point.items()))
+    return list(dict.fromkeys(points))
+
+
+def _has_no_meta_lr(point: Mapping[str, str]) -> bool:
+    method = METHODS.get(point.get("method", ""))
+    return method is not None and method.joint
+
+
+def grid_jobs(
+    recipe: str, grid: Mapping[str, Sequence[str]], points: Sequence[Point], folder: Path
+) -> dict[Point, Job]:
+    """One job for each point, its recipe checked; runs are named by the fields with several values."""
+    varied = [field for field, values in grid.items() if len(values) > 1]
+    jobs: dict[Point, Job] = {}
+    for point in points:
+        overrides = [f"{field}={value}" for field, value in point]
+        if _has_no_meta_lr(dict(point)):
+            overrides.append(f"meta_lr={NONE}")
+        loaded = load(recipe, overrides)
         if not loaded.tuning:
             raise UsageError(f"recipe {recipe} has no tasks under tuning, by which a sweep chooses; add one")
-        name = ",".join(f"{field}={_file_name(value)}" for field, value in point)
+        name = ",".join(f"{field}={_file_name(value)}" for field, value in point if field in varied)
         loaded.output = replace(loaded.output, directory=str(folder), name=name)
         jobs[point] = Job(path=folder / run_name(loaded, ""), recipe=loaded, section="tuning")
     return jobs
@@ -164,24 +201,48 @@ def choose(results: Sequence[Result]) -> dict[str, Result]:
     return best
 
 
-def edges(result: Result, results: Sequence[Result]) -> list[str]:
-    """For each numeric field whose best value is the least or the largest tried: a sentence."""
+def ends(result: Result, results: Sequence[Result]) -> list[tuple[str, int]]:
+    """Numeric fields whose value in `result` is the least (-1) or the largest (1) that was tried with its method."""
     chosen = dict(result.point)
     rivals = [dict(r.point) for r in results if dict(r.point).get("method") == chosen.get("method")]
     found = []
-    for field, text in chosen.items():
-        if field == "method":
+    for field in chosen:
+        tried = {parse_value(point[field]) for point in rivals}
+        if len(tried) < 2 or not all(isinstance(value, (int, float)) and value is not True for value in tried):
             continue
-        tried = {point[field]: parse_value(point[field]) for point in rivals}
-        numbers = sorted(value for value in tried.values() if isinstance(value, (int, float)) and value is not True)
-        if len(numbers) < 2 or len(numbers) < len(tried):
-            continue
-        for end, word, way in ((numbers[0], "smallest", "smaller"), (numbers[-1], "largest", "larger")):
-            if tried[text] == end:
-                found.append(
-                    f"{field}={text} is the {word} tried: the best may lie beyond, extend the grid by a {way} one"
-                )
+        place = sorted(tried).index(parse_value(chosen[field]))
+        found += [(field, way) for end, way in ((0, -1), (len(tried) - 1, 1)) if place == end]
     return found
+
+
+def edges(result: Result, results: Sequence[Result]) -> list[str]:
+    """A sentence for each of `ends`."""
+    words = {-1: ("smallest", "smaller"), 1: ("largest", "larger")}
+    return [
+        f"{field}={dict(result.point)[field]} is the {words[way][0]} tried: the best may lie beyond, extend the grid "
+        f"by a {words[way][1]} one"
+        for field, way in ends(result, results)
+    ]
+
+
+def beyond(choices: Mapping[str, Result], results: Sequence[Result], grid: Mapping[str, Sequence[str]]) -> list[Point]:
+    """The points that follow each choice beyond an end of its rates, with every seed."""
+    points: list[Point] = []
+    for result in choices.values():
+        for field, way in ends(result, results):
+            rate = _next_rate(float(dict(result.point)[field]), way) if field.endswith("lr") else None
+            if rate is not None:
+                moved = {**dict(result.point), field: rate}
+                axes = {name: [moved[name]] if name in moved else values for name, values in grid.items()}
+                points += points_of(axes)
+    return points
+
+
+def _next_rate(rate: float, way: int) -> str | None:
+    """The next of 1, 2, 5, 10, ... and their tenths above or below; None where there is none."""
+    series = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 2, 5)]
+    further = [other for other in series[::way] if way * (other / rate - 1) > 1e-9]
+    return f"{further[0]:g}" if further else None
 
 
 def _print(

@@ -78,14 +78,21 @@ def _published(
     seeds: Annotated[int, typer.Option(help="Whole pipelines per method, seeds 0, 1, ...")] = 5,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs and the page.")] = None,
     tuned: Annotated[
-        Path | None, typer.Option(help="The sweep.json of a sweep over method=...: each method with what it chose.")
+        list[Path] | None,
+        typer.Option(help="The sweep.json of a sweep over method=...: its methods get its rates. May be repeated."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, one on a GPU.")] = None,
 ) -> None:
     from trajshift.experiments.runs import run_published
 
     run_published(
-        str(context.info_name), scale=scale, seeds=seeds, overrides=overrides or [], out=out, workers=jobs, tuned=tuned
+        str(context.info_name),
+        scale=scale,
+        seeds=seeds,
+        overrides=overrides or [],
+        out=out,
+        workers=jobs,
+        tuned=tuned or (),
     )
 
 

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trajshift.commands import need_report_extra
 from trajshift.errors import UsageError
-from trajshift.experiments.published import EXPERIMENTS, SCALES
+from trajshift.experiments.published import EXPERIMENTS, SCALES, Arms
+from trajshift.experiments.tuned import Tuned, read_tuned
 from trajshift.pool import Job, cores, run_jobs
-from trajshift.recipe import load
+from trajshift.recipe import load, split_override
 from trajshift.tables import console, print_summary
 
-Choices = Mapping[str, tuple[str, ...]]
-"""Method -> the fields a sweep chose."""
-
-
-def sweep_choices(file: Path) -> Choices:
-    """What a sweep over `method` and other fields chose, from its sweep.json.
-
-    Raises:
-        UsageError: no such file, or one without a choice for each method.
-    """
-    try:
-        found: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))["choice"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is no readable sweep.json ({type(error).__name__}: {error})") from None
-    if not found or "" in found:
-        raise UsageError(f"{file} has no choice for each method; sweep with method=A,B,...")
-    skip = ("method", "seed")
-    return {
-        method: tuple(f"{field}={value}" for field, value in point.items() if field not in skip)
-        for method, point in found.items()
-    }
+_DECIDED = {"seed": "--seeds N", "output.directory": "--out DIR", "output.name": "--out DIR"}
+"""Fields that an option decides."""
 
 
 def experiment_jobs(
@@ -43,15 +25,15 @@ def experiment_jobs(
     seeds: int = 5,
     overrides: Sequence[str] = (),
     out: Path | None = None,
-    tuned: Choices | None = None,
+    tuned: Tuned | None = None,
 ) -> list[Job]:
     """One job for each arm and seed; the start without meta-training is fine-tuned with the first arm.
 
-    `tuned` fields come in the place of the published ones, except where an arm has another horizon than the one that
+    `tuned` rates come in the place of the published ones, except where an arm has another horizon than the one that
     was tuned.
 
     Raises:
-        UsageError: an unknown scale, no seed, or an override that does not fit.
+        UsageError: an unknown scale, no seed, or an override that does not fit or would change what the runs compare.
     """
     if scale not in SCALES:
         raise UsageError(f"scale is {scale!r}; use {', '.join(SCALES)}")
@@ -61,11 +43,12 @@ def experiment_jobs(
     study = published.study
     folder = out or Path("runs") / f"{study.recipe.partition('-')[0]}{'' if scale == 'full' else f'-{scale}'}"
     arms = published.by_scale[scale] if published.by_scale else published.arms
+    _refuse_decided(name, arms, overrides)
     jobs = []
     base = load(study.recipe, [*study.scales[scale], *overrides])
     for arm, own in arms.items():
         recipe = load(study.recipe, [*study.scales[scale], *own, *overrides])
-        chosen = (tuned or {}).get(recipe.method, ()) if recipe.horizon == base.horizon else ()
+        chosen = tuned.rates.get(recipe.method, ()) if tuned and recipe.horizon == base.horizon else ()
         for seed in range(seeds):
             run = f"{arm}-seed{seed}"
             place = (f"seed={seed}", f"output.directory={folder}", f"output.name={run}")
@@ -82,6 +65,19 @@ def experiment_jobs(
     return jobs
 
 
+def _refuse_decided(name: str, arms: Arms, overrides: Sequence[str]) -> None:
+    """Refuses an override of what an option or the runs of the experiment decide."""
+    by_arm = {split_override(word)[0][0] for own in arms.values() for word in own}
+    for word in overrides:
+        path, _ = split_override(word)
+        field = ".".join(path)
+        if field in _DECIDED:
+            raise UsageError(f"{word} would be the same in all runs of {name}; give {_DECIDED[field]} instead")
+        if path[0] in by_arm:
+            remedy = "give rates with --tuned" if field == "meta_lr" else "make such a run with trajshift train"
+            raise UsageError(f"{word} is not for {name}, whose runs set {path[0]} of their own; {remedy}")
+
+
 def run_published(
     name: str,
     *,
@@ -90,22 +86,23 @@ def run_published(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     workers: int | None = None,
-    tuned: Path | None = None,
+    tuned: Sequence[Path] = (),
 ) -> Path:
     """Train and fine-tune what is not done yet, print the comparison and write the page; returns its path.
 
-    A run that failed is named and left out.
-
     Raises:
-        UsageError: what does not fit, or no run that succeeded.
+        UsageError: what does not fit, or runs that failed; the page is written from the others.
     """
     need_report_extra()
     from trajshift.evaluate import collect, summary_tables
     from trajshift.report import write_report
 
-    choices = None if tuned is None else sweep_choices(tuned)
-    jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out, tuned=choices)
-    folder, first = jobs[0].path.parent, jobs[0].recipe
+    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "overrides": overrides, "out": out}
+    jobs = experiment_jobs(name, **options)
+    first = jobs[0].recipe
+    rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, first.horizon)
+    jobs = experiment_jobs(name, **options, tuned=rates)
+    folder = jobs[0].path.parent
     say = console()
     say.print(
         f"{EXPERIMENTS[name].summary}\n{len(jobs)} runs of {first.total_steps:,} inner steps per task "
@@ -114,15 +111,19 @@ def run_published(
     workers = workers or (cores() if first.device == "cpu" else 1)
     failures = run_jobs(jobs, workers=workers, title=name, log=folder / f"{name}.log")
     paths = [job.path for job in jobs if job.path not in failures]
-    for path, failure in failures.items():
-        say.print(f"failed: {path.name}: {failure}")
     if not paths:
         raise UsageError(f"all runs of {name} failed; the first: {next(iter(failures.values()))}")
-    rows, notes = collect(paths)
+    failed = [f"failed and left out: {path.name}: {failure}" for path, failure in failures.items()]
+    sizes = jobs[0].train_images or (first.finetune.train_images,)
+    rows, notes = collect(paths, train_images=sizes)
     for summary in summary_tables(rows):
         print_summary(summary)
-    for note in notes:
+    for note in (*failed, *rates.notes, *notes):
         say.print(f"note: {note}")
-    page = write_report(paths, folder / f"{name}.html")
+    page = write_report(paths, folder / f"{name}.html", train_images=sizes, notes=(*failed, *rates.notes))
     say.print(f"the page is {page}")
+    if failures:
+        count = f"{len(failures)} of {len(jobs)} runs"
+        why = next(iter(failures.values()))
+        raise UsageError(f"{count} failed and are left out of the page; the same command tries again; the first: {why}")
     return page

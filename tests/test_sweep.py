@@ -1,0 +1,116 @@
+"""Sweeps: what is run, what is chosen, and how far a grid is extended."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from trajshift import pool
+from trajshift.pool import Job
+from trajshift.recipe import load
+from trajshift.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
+
+PEAKS = {"reptile": 3.0, "leap": 0.02, "mtl": 0.1}
+"""Of each method the rate with the best score, meta_lr or for joint training inner.lr."""
+
+RECIPE = """
+horizon: 10
+rounds: 2
+meta_lr: 0.5
+tasks: {a: {source: "digits:upright"}}
+tuning: {b: {source: "digits:parity"}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    return str(tmp_path / "mine.yaml")
+
+
+def score(point: Mapping[str, str]) -> float:
+    """A parabola over the logarithm of the rate."""
+    rate = point["inner.lr" if point["method"] == "mtl" else "meta_lr"]
+    return 1 - 0.1 * math.log10(float(rate) / PEAKS[point["method"]]) ** 2
+
+
+def collected(work: Mapping[Point, Job], failures: Mapping[Path, str]) -> list[Result]:
+    return [Result(point=point, value=score(dict(point)), seeds=1, inner_steps=20) for point in work]
+
+
+def test_a_grid_is_extended_until_no_choice_lies_at_its_end(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peaks lie outside the grid on both sides; joint training climbs in its inner rate."""
+    monkeypatch.setattr("trajshift.sweep.run_jobs", lambda jobs, **options: {})
+    monkeypatch.setattr("trajshift.sweep.collect_results", collected)
+    words = ["method=reptile,leap,mtl", "meta_lr=0.1,0.2,0.5", "inner.lr=0.01,0.02"]
+    run_sweep(recipe, words, output=tmp_path, extend=True)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["choice"]["reptile"]["meta_lr"] in ("2", "5")  # 3 lies between them on the logarithmic scale
+    assert saved["choice"]["leap"]["meta_lr"] == "0.02"
+    assert (saved["choice"]["mtl"]["inner.lr"], saved["choice"]["mtl"]["meta_lr"]) == ("0.1", "null")
+    tried = [result["point"] for result in saved["results"]]
+    for method, field in (("reptile", "meta_lr"), ("leap", "meta_lr"), ("mtl", "inner.lr")):
+        rates = sorted({float(point[field]) for point in tried if point["method"] == method})
+        assert rates[0] < float(saved["choice"][method][field]) < rates[-1]
+    assert (saved["recipe"], saved["horizon"]) == ("mine", 10)
+
+
+def test_without_extend_the_edges_are_kept(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trajshift.sweep.run_jobs", lambda jobs, **options: {})
+    monkeypatch.setattr("trajshift.sweep.collect_results", collected)
+    run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5"], output=tmp_path)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["choice"]["reptile"]["meta_lr"] == "2"
+    assert saved["edges"]["reptile"] == []
+    assert "meta_lr=1 is the smallest tried" in saved["edges"]["leap"][0]
+
+
+def test_a_seed_is_extended_with_the_others() -> None:
+    grid = parse_grid(["meta_lr=0.1,0.2", "seed=0,1"])
+    results = [
+        Result(point=(("meta_lr", rate),), value=value, seeds=2, inner_steps=1)
+        for rate, value in (("0.1", 0.5), ("0.2", 0.6))
+    ]
+    assert ends(results[1], results) == [("meta_lr", 1)]
+    assert beyond({"": results[1]}, results, grid) == [
+        (("meta_lr", "0.5"), ("seed", "0")),
+        (("meta_lr", "0.5"), ("seed", "1")),
+    ]
+
+
+def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) -> None:
+    grid = parse_grid(["method=reptile,mtl", "meta_lr=1,2", f"data.root={tmp_path}"])
+    jobs = grid_jobs(recipe, grid, points_of(grid), tmp_path)
+    made = [(job.recipe.method, job.recipe.meta_lr) for job in jobs.values()]
+    assert made == [("reptile", 1), ("mtl", None), ("reptile", 2)]
+    # named by what differs: the folder of the data would make a name too long for the disk
+    assert [job.path.name for job in jobs.values()] == [
+        "meta_lr=1,method=reptile",
+        "meta_lr=null,method=mtl",
+        "meta_lr=2,method=reptile",
+    ]
+    without = parse_grid(["method=reptile,mtl"])
+    assert [job.recipe.meta_lr for job in grid_jobs(recipe, without, points_of(without), tmp_path).values()] == [
+        0.5,
+        None,
+    ]
+
+
+def test_fine_tuning_is_progress_too(recipe: str, tmp_path: Path) -> None:
+    """Of 20 steps of training and 2 starts x 3 sizes x 1 task x 7 steps the rows say what is done."""
+    made = load(recipe, ["finetune.steps=7"])
+    job = Job(path=tmp_path / "run", recipe=made, section="tuning", scratch=True, train_images=(5, 10, 20))
+    assert pool._total([job]) == 20 + 42
+    job.path.mkdir()
+    (job.path / "timing.jsonl").write_text('{"step": 20}\n')
+    (job.path / "evaluation.jsonl").write_text("{}\n{}\n{}")
+    assert pool._done([job]) == 20 + 14
+    assert pool._done([job], {job.path}) == 62
+    kept = load(recipe, ["finetune.steps=7", "output.checkpoint_every=8", "output.keep=2"])
+    assert pool._total([Job(path=job.path, recipe=kept, section="tuning", checkpoints=True)]) == 20 + 21
