@@ -2,6 +2,7 @@
 
 Command: python results/images/tables.py                                    # the rates tried, for every method
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
+         python results/images/tables.py --targets START...                 # every target, in each of four settings
          python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
                                                                             # draws soon.svg
 
@@ -56,15 +57,23 @@ def rows_of_runs() -> Iterator[Row]:
                 yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
 
 
-def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
-    """Start -> seed -> accuracy in %, mean of the three targets, where all three are there."""
+def accuracies(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, dict[str, float]]]:
+    """Start -> seed -> target -> accuracy in %, where all three targets are there."""
     found: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
             found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
     return {
-        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
+        start: {seed: by_target for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
         for start, seeds in found.items()
+    }
+
+
+def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
+    """Start -> seed -> mean of the three targets."""
+    return {
+        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items()}
+        for start, seeds in accuracies(rows, images, rate).items()
     }
 
 
@@ -75,14 +84,33 @@ def shown(estimate: Estimate | None, sign: str = "") -> str:
     return f"{estimate.mean:{sign}.2f}" + (f" ± {estimate.half_width:.2f}" if estimate.half_width is not None else "")
 
 
+def known_rows(starts: Iterable[str]) -> list[Row]:
+    """All rows; refuses a start that none is from."""
+    rows = list(all_rows())
+    known = dict.fromkeys(row["start"] for row in rows if row["target"] in TARGETS)
+    for name in starts:
+        if name not in known:
+            print(f"tables.py: no start {name!r}; there are {', '.join(known)}", file=sys.stderr)
+            sys.exit(2)
+    return rows
+
+
+def of_targets(starts: list[str]) -> None:
+    """Prints a table for each setting: start x target, mean and interval over seeds."""
+    rows = known_rows(starts)
+    for images, rate in SETTINGS:
+        found = accuracies(rows, images, rate)
+        print(f"\n**Up to {images:,} images, rate {rate}**\n\n| start | seeds | {' | '.join(TARGETS)} |\n|{'---|' * 5}")
+        for start in starts:
+            seeds = list(found[start].values())
+            cells = [shown(interval([by_target[target] for by_target in seeds])) for target in TARGETS]
+            print(f"| {start} | {len(seeds)} | {' | '.join(cells)} |")
+
+
 def compared(reference: str, starts: list[str]) -> None:
     """Prints averages, then every start minus the reference, as `points (p; p after Holm)`."""
-    rows = list(all_rows())
+    rows = known_rows([reference, *starts])
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
-    for name in (reference, *starts):
-        if name not in by_setting[0]:
-            print(f"tables.py: no start {name!r}; there are {', '.join(by_setting[0])}", file=sys.stderr)
-            sys.exit(2)
     columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
     print(f"| start | seeds | {columns} |\n|{'---|' * 6}")
     for start in (reference, *starts):
@@ -103,11 +131,11 @@ def compared(reference: str, starts: list[str]) -> None:
 
 def tuned() -> None:
     """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes; the best is bold."""
-    accuracies: dict[tuple[str, int, float, float, float], list[float]] = defaultdict(list)
+    found: dict[tuple[str, int, float, float, float], list[float]] = defaultdict(list)
     for row in read_jsonl(HERE / "tuning.jsonl"):
         place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0, row["finetune_lr"])
-        accuracies[place].append(100 * row["accuracy"])
-    scores = {place: fmean(values) for place, values in accuracies.items()}
+        found[place].append(100 * row["accuracy"])
+    scores = {place: fmean(values) for place, values in found.items()}
     best = {max(group, key=scores.__getitem__) for _, group in groupby(sorted(scores), key=itemgetter(0, 1))}
     print("| method | K | inner rate | meta_lr | fine-tuning rate 0.1 | 0.03 |\n|---|---|---|---|---|---|")
     for method, horizon, inner_lr, meta_lr in sorted({place[:4] for place in scores}):
@@ -157,6 +185,8 @@ def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--soon"]:
         soon()
+    elif sys.argv[1:2] == ["--targets"]:
+        of_targets(sys.argv[2:])
     elif len(sys.argv) > 1:
         compared(sys.argv[1], sys.argv[2:])
     else:
