@@ -284,7 +284,8 @@ def _unlike(rows: Sequence[Row]) -> list[str]:
                 f"results on {target} come from {len(found)} settings of model, data or fine-tuning: "
                 "the comparison is not like with like"
             )
-    fewer = {row["target"]: row["images"] for row in rows if row.get("images", 0) < (row.get("train_images") or 0)}
+    counted = [row for row in rows if row.get("images") is not None and row.get("train_images") is not None]
+    fewer = {row["target"]: row["images"] for row in counted if row["images"] < row["train_images"]}
     if fewer:
         wanted = rows[0]["train_images"]
         shown = ", ".join(f"{target} has {images:,}" for target, images in fewer.items())

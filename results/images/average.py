@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from trajshift.initialization import Initialization, load_initialization
 
 if len(sys.argv) < 4 or not all(word.isdigit() for word in sys.argv[3:]):
-    sys.exit("average.py: name a run, the file to write and the steps of its checkpoints: RUN OUT.safetensors STEP...")
+    print(
+        "average.py: name a run, the file to write and checkpoint steps: RUN OUT.safetensors STEP...", file=sys.stderr
+    )
+    sys.exit(2)
 run, out, *steps = sys.argv[1:]
 final = load_initialization(Path(run) / "initialization.safetensors")
 saved = [load_file(Path(run) / "checkpoints" / f"{int(step):09d}" / "shared.safetensors") for step in steps]

@@ -2,7 +2,8 @@
 
 Command: python results/images/tables.py                                    # the rates tried, for every method
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
-         python results/images/tables.py --targets START...                 # every target, in each of four settings
+         python results/images/tables.py --targets START...                 # every target, in each of four settings;
+                                                                            # draws methods.svg
          python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
                                                                             # draws soon.svg
 
@@ -21,9 +22,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trajshift.comparison import FINAL, SCRATCH, curves, show_p
+from trajshift.comparison import FINAL, SCRATCH, curves, show_p, summary_table
 from trajshift.evaluate import setting_of
-from trajshift.figures import curve_figure, looks, save
+from trajshift.figures import comparison_figure, curve_figure, looks, save
 from trajshift.recipe import load
 from trajshift.rows import read_evaluation, read_jsonl
 from trajshift.statistics import Estimate, compare, interval
@@ -105,6 +106,21 @@ def of_targets(starts: list[str]) -> None:
             seeds = list(found[start].values())
             cells = [shown(interval([by_target[target] for by_target in seeds])) for target in TARGETS]
             print(f"| {start} | {len(seeds)} | {' | '.join(cells)} |")
+    draw_methods(rows, starts)
+
+
+def draw_methods(rows: Iterable[Row], starts: list[str]) -> None:
+    """Draws methods.svg: every start but scratch on every target, 1,000 images, rate 0.1."""
+    starts = [start for start in starts if start != SCRATCH]
+    chosen = [
+        {"checkpoint": FINAL, "setting": None, **row, "label": row["start"], "inner_steps": 2000, "steps": 300}
+        for row in rows
+        if row["target"] in TARGETS and row["start"] in starts and row["finetune_lr"] == 0.1
+    ]
+    chosen.sort(key=lambda row: (starts.index(row["start"]), TARGETS.index(row["target"]), row["seed"]))
+    summary = summary_table(chosen, train_images=1000)
+    save(comparison_figure(summary, looks(starts)), "methods", HERE)
+    (HERE / "methods.png").unlink()
 
 
 def compared(reference: str, starts: list[str]) -> None:
@@ -135,7 +151,8 @@ def tuned() -> None:
     for row in read_jsonl(HERE / "tuning.jsonl"):
         place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0, row["finetune_lr"])
         found[place].append(100 * row["accuracy"])
-    scores = {place: fmean(values) for place, values in found.items()}
+    done = {place[:4] for place in found if all(len(found.get((*place[:4], rate), ())) == 3 for rate in (0.1, 0.03))}
+    scores = {place: fmean(values) for place, values in found.items() if place[:4] in done}
     best = {max(group, key=scores.__getitem__) for _, group in groupby(sorted(scores), key=itemgetter(0, 1))}
     print("| method | K | inner rate | meta_lr | fine-tuning rate 0.1 | 0.03 |\n|---|---|---|---|---|---|")
     for method, horizon, inner_lr, meta_lr in sorted({place[:4] for place in scores}):
