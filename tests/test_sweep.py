@@ -64,7 +64,8 @@ def test_a_grid_is_extended_until_no_choice_lies_at_its_end(
 def test_without_extend_the_edges_are_kept(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trajshift.sweep.run_jobs", lambda jobs, **options: {})
     monkeypatch.setattr("trajshift.sweep.collect_results", collected)
-    run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5"], output=tmp_path)
+    fixed = "targets={c: {source: 'digits:upright'}}"
+    run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5", fixed], output=tmp_path)
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert saved["choice"]["reptile"]["meta_lr"] == "2"
     assert saved["edges"]["reptile"] == []

@@ -207,11 +207,11 @@ def ends(result: Result, results: Sequence[Result]) -> list[tuple[str, int]]:
     rivals = [dict(r.point) for r in results if dict(r.point).get("method") == chosen.get("method")]
     found = []
     for field in chosen:
-        tried = {parse_value(point[field]) for point in rivals}
+        tried = list({point[field]: parse_value(point[field]) for point in rivals}.values())
         if len(tried) < 2 or not all(isinstance(value, (int, float)) and value is not True for value in tried):
             continue
-        place = sorted(tried).index(parse_value(chosen[field]))
-        found += [(field, way) for end, way in ((0, -1), (len(tried) - 1, 1)) if place == end]
+        numbers, own = sorted(set(tried)), parse_value(chosen[field])
+        found += [(field, way) for end, way in ((numbers[0], -1), (numbers[-1], 1)) if own == end]
     return found
 
 
@@ -248,7 +248,8 @@ def _next_rate(rate: float, way: int) -> str | None:
 def _print(
     results: Sequence[Result], choices: Mapping[str, Result], grid: Mapping[str, Sequence[str]], folder: Path
 ) -> None:
-    fields = sorted((field for field in grid if field != REPEATS), key=lambda field: field != "method")
+    varied = [field for field, values in grid.items() if len(values) > 1 and field != REPEATS]
+    fields = sorted(varied, key=lambda field: field != "method")
     rows = []
     for result in sorted(results, key=lambda result: dict(result.point).get("method", "")):
         point = dict(result.point)
