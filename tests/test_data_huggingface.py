@@ -157,6 +157,29 @@ def test_labels_by_name_and_by_number(tmp_path: Path) -> None:
         load_hf(tmp_path / "floats")
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_labels_of_a_test_split_mean_the_training_classes(kind: str, tmp_path: Path) -> None:
+    def load(names: list[str], labels: list[int]) -> Any:
+        folder = tmp_path / "-".join(names)
+        label = datasets.ClassLabel(names=names)
+        train = datasets.ClassLabel(names=["cat", "dog", "eel"])
+        parts = {"train": made(pictures(3), [0, 1, 2], train), "test": made(pictures(3, seed=1), labels, label)}
+        if kind == "saved":
+            datasets.DatasetDict(parts).save_to_disk(folder)
+        else:
+            for split, part in parts.items():
+                part.to_parquet(folder / f"{split}.parquet")
+        return load_hf(folder)
+
+    data = load(["dog", "eel"], [0, 1, 0])
+    assert data.class_names == ("cat", "dog", "eel")
+    same(data.train, pictures(3), [0, 1, 2])
+    same(data.test, pictures(3, seed=1), [1, 2, 1])
+    same(load(["eel", "dog", "cat"], [0, 1, 2]).test, pictures(3, seed=1), [2, 1, 0])
+    with pytest.raises(UsageError, match="split 'test': class 'fox' of column 'label' is none of the 3 training"):
+        load(["cat", "fox"], [0, 1, 0])
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     both(pictures(5)).save_to_disk(tmp_path / "saved")
     with pytest.raises(UsageError, match="no split 'tset'; did you mean 'test'"):

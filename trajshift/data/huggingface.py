@@ -93,7 +93,7 @@ def open_images(
 
     def images(name: str, channels: int | None) -> DecodedImages:
         what, split = f"{path_or_id}, split {name!r}", _split(path_or_id, splits, name)
-        labels = _numbers(what, split, label, number, len(class_names))
+        labels = _numbers(what, split, label, number, class_names)
         return DecodedImages(what, split, image, labels, size, channels)
 
     opened = {"train": images(train, channels)}
@@ -197,7 +197,7 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
         elif any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             opened = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            opened = datasets.load_dataset(str(path.resolve()), subset)
+            opened = _open_folder(str(path.resolve()), subset)
         else:
             opened = datasets.load_dataset(name, subset, revision=revision)
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
@@ -206,6 +206,23 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
         remedy = "check the files" if files or path.exists() else "check id and connection, or give a local copy"
         raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
+
+
+def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
+    """The splits with the class names of their own parquet files: `datasets` gives all splits those of the first."""
+    from pyarrow.parquet import read_schema
+
+    datasets = _datasets()
+    builder = datasets.load_dataset_builder(folder, subset)
+    builder.download_and_prepare()
+    opened: Mapping[str, Any] = builder.as_dataset()
+    for split, images in opened.items():
+        first = str(builder.config.data_files[split][0])
+        if first.endswith(".parquet"):
+            own = datasets.Features.from_arrow_schema(read_schema(first))
+            labels = {name: kind for name, kind in own.items() if isinstance(kind, datasets.ClassLabel)}
+            images.info.features.update(labels)
+    return opened
 
 
 def _split(what: str | Path, splits: Mapping[str, Any], name: str) -> Any:
@@ -242,7 +259,8 @@ def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callab
     """Names of the classes, and the function from an entry of the column to its class number (-1: none)."""
     feature = split.features[label]
     if isinstance(feature, _datasets().ClassLabel):
-        return tuple(feature.names), int
+        names = {name: number for number, name in enumerate(feature.names)}
+        return tuple(names), lambda entry: entry if isinstance(entry, int) else names.get(entry, -1)
     entries = set(split.select_columns([label])[:][label])
     if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
         return tuple(map(str, range(max(entries) + 1))), int
@@ -252,17 +270,27 @@ def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callab
     return tuple(map(str, places)), lambda entry: places.get(entry, -1)
 
 
-def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], outputs: int) -> Tensor:
+def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], classes: tuple[str, ...]) -> Tensor:
+    """The training class number of each example; a split may have fewer classes than training, or another order."""
     if label not in split.column_names:
         raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
     entries = split.select_columns([label])[:][label]
     if None in entries:
         raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
+    own = tuple(getattr(split.features[label], "names", classes))
+    unknown = [name for name in own if name not in classes]
+    if unknown:
+        raise UsageError(
+            f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes; choose"
+            " another split or label column"
+        )
+    if own != classes:
+        entries = [own[entry] if 0 <= entry < len(own) else entry for entry in entries]
     numbers = torch.tensor([number(entry) for entry in entries])
-    wrong = torch.nonzero((numbers < 0) | (numbers >= outputs)).flatten().tolist()
+    wrong = torch.nonzero((numbers < 0) | (numbers >= len(classes))).flatten().tolist()
     if wrong:
         raise UsageError(
-            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {outputs} training classes;"
+            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {len(classes)} training classes;"
             " choose another split or label column"
         )
     return numbers
