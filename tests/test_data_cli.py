@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hub
 import pytest
 
 from trajshift.cli import main
+from trajshift.data import prepare
 from trajshift.data.registry import find, registered
 
 pytest.importorskip("datasets")
@@ -122,6 +125,29 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, data: Co
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert not Path("data").exists()
+
+
+def test_a_full_disk_names_the_command_that_goes_on(data: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = hub.pictures(300, (4, 4, 3))
+    hub.repository(Path("copy"), find("cifar10"), images, images[:10])
+    begin, limits = prepare._begin, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(part: Path, *others: Any) -> None:
+        (part / prepare.PLAN).touch()
+        monkeypatch.setattr(prepare, "replace_file", lambda *_: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            begin(part, *others)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(prepare, "_begin", on_a_full_disk)
+    status, _, err = data("prepare", "cifar10", "size=4", "--from", "copy", "--root", "my data", "--quiet")
+    assert status == 2
+    assert err == (
+        "trajshift: no space left on the disk of my data; free some and continue with: trajshift data prepare cifar10"
+        " size=4 --from copy --root 'my data' --quiet\n"
+    )
 
 
 def test_a_missing_extra_is_named(data: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -90,8 +92,7 @@ def prepare(
     from trajshift.tables import console
 
     for name in wholes:
-        again = f"trajshift data prepare {' '.join(words)} --root {root}"
-        with disk_errors(root, option="--root", again=again):
+        with disk_errors(root, option="--root", again=shlex.join(["trajshift", *sys.argv[1:]])):
             folder = prepare_cache(name, root, copy=copy, jobs=jobs or cores(), overrides=fields, quiet=quiet)
         console().print(f"{name} is in {folder}", soft_wrap=True)
 

@@ -125,6 +125,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         self.what, self.targets = what, targets
         self.numbers = torch.arange(len(targets))
         self._column, self._size, self._channels = column, size, channels
+        self.fingerprint: str = split._fingerprint
         self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
         self.shape = self._decode(0).shape
 

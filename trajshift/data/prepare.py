@@ -5,13 +5,14 @@ Images are appended in order, so a file's length says how far it is, and prepara
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
@@ -37,7 +38,9 @@ LOCK = "lock"
 CHUNK_BYTES = 2**20
 """Pixels that a worker hands over at once."""
 SYNC_BYTES = 16 * 2**20
-"""Pixels between waits for the disk; so many may be made again after the machine itself went down."""
+"""Pixels between waits for the disk; so many, and a chunk, may not be there after the machine itself went down."""
+HEADER_BYTES = 128
+"""Length of an `.npy` file of no pixels."""
 OVERRIDES: Mapping[str, type] = {
     "hub": str, "revision": str, "subset": str, "train": str, "test": str, "image": str, "label": str, "size": int,
 }  # fmt: skip
@@ -124,7 +127,7 @@ def prepare_cache(
     """Writes the cache of a registered data set, or goes on with it; returns its folder.
 
     Of a set that has some classes of another the whole one is prepared, once for all of them. A folder that is
-    there already is left as it is. What is half done is kept in `ROOT/NAME.part`.
+    there already is left as it is. What is half done is kept in `ROOT/NAME.part`, and goes on from the same data alone.
 
     Args:
         name: of the registry.
@@ -135,28 +138,23 @@ def prepare_cache(
         quiet: no progress and no warnings.
 
     Raises:
-        UsageError: whatever is wrong with the data, or another cache of that name.
+        UsageError: whatever is wrong with the data, or another cache of that name, finished or half done.
     """
     entry = find(name)
     entry = overridden(find(entry.whole or name), overrides or {})
     folder = Path(root) / entry.name
-    if folder.exists():
-        _same_as_asked(read_manifest(folder, entry), entry, folder)
-        return folder
-    opened, differing = open_entry(entry, copy)
-    for sentence in () if quiet else differing:
-        print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
-    with _part(folder) as part:
+    if not folder.exists():
+        opened, differing = open_entry(entry, copy)
+        for sentence in () if quiet else differing:
+            print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
         manifest = _describe(entry, opened, differing, copied=copy is not None)
-        _begin(part, manifest, opened)
-        for split, images in opened.splits.items():
-            _write(part / f"{split}-images.npy", images, jobs, f"{entry.name} {split}", quiet)
-        files = sorted(part.glob("*.npy"))
-        manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
-        replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        for scaffold in (PLAN, LOCK):
-            (part / scaffold).unlink()
-        part.rename(folder)
+        with _part(folder) as part:
+            if not folder.exists():  # else another process has finished meanwhile
+                _begin(part, manifest, opened, entry.hub if copy is None else str(Path(copy).expanduser().resolve()))
+                for split, images in opened.splits.items():
+                    _write(part / f"{split}-images.npy", images, jobs, f"{entry.name} {split}", quiet)
+                _finish(part, manifest, folder)
+    _same_as_asked(read_manifest(folder, entry), entry, folder)
     return folder
 
 
@@ -178,9 +176,16 @@ def _part(folder: Path) -> Iterator[Path]:
         try:
             # Unlike flock's, this lock is not passed on to workers, who may outlive a parent that was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UsageError(
+                    f"{part} cannot be locked ({error.strerror}); name a --root on another disk"
+                ) from error
             raise UsageError(f"{part} is being written by another process; wait for it") from None
         yield part
+        with suppress(OSError):  # empty where another process has finished first
+            (part / LOCK).unlink()
+            part.rmdir()
 
 
 def _describe(entry: DataSet, opened: OpenedImages, differing: list[str], *, copied: bool) -> dict[str, Any]:
@@ -196,28 +201,65 @@ def _describe(entry: DataSet, opened: OpenedImages, differing: list[str], *, cop
     }
 
 
-def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages) -> None:
-    """Keeps what is there if it is of the same images, else starts anew; writes the labels."""
+def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source: str) -> None:
+    """Keeps what is there if it is of the same images, or starts; writes the labels.
+
+    Raises:
+        UsageError: images of another source, or prepared in another way, are there.
+    """
     labels = {split: images.targets.numpy() for split, images in opened.splits.items()}
-    plan = {**manifest, "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()}}
+    plan = {
+        **manifest,
+        "source": source,
+        "fingerprints": {split: images.fingerprint for split, images in opened.splits.items()},
+        "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()},
+    }
     try:
-        same = json.loads((part / PLAN).read_text(encoding="utf-8")) == plan
-    except (OSError, json.JSONDecodeError):
-        same = False
-    if not same:
+        there = json.loads((part / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = None
+    if there != plan:
+        if there and any(file.stat().st_size > HEADER_BYTES for file in part.glob("*-images.npy")):
+            raise UsageError(
+                f"{part} holds unfinished work: {_what_differs(there, plan)}; finish that by the command that began it,"
+                f" or remove {part} to start anew"
+            )
         for file in part.glob("*.npy"):
             file.unlink()
         replace_file(part / PLAN, json.dumps(plan))
     for split, numbers in labels.items():
-        np.save(part / f"{split}-labels.npy", numbers)
+        data = BytesIO()
+        np.save(data, numbers)  # to a file itself it writes without saying why it could not
+        with (part / f"{split}-labels.npy").open("wb") as labels_file:
+            labels_file.write(data.getbuffer())
+            labels_file.flush()
+            os.fsync(labels_file.fileno())
+
+
+def _what_differs(there: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Of the plan that is there and the one that is asked for."""
+    begun = {**there.get("entry", {}), "source": there.get("source")}
+    for field, asked in {**plan["entry"], "source": plan["source"]}.items():
+        if begun.get(field) != asked:
+            return f"its {field} is {begun.get(field)!r}, not {asked!r}"
+    return f"{plan['source']} has changed since"
+
+
+def _finish(part: Path, manifest: dict[str, Any], folder: Path) -> None:
+    """Writes the manifest and makes the cache of the half-done work."""
+    files = sorted(part.glob("*.npy"))
+    manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    part.rename(folder)  # before the plan goes: who dies in between has lost nothing
+    for scaffold in (PLAN, LOCK):
+        (folder / scaffold).unlink()
 
 
 class _Chunks(Dataset[Any]):
-    """The images from number `first` on, uint8 `[n, C, H, W]` at a time, or what is wrong with one."""
+    """The images from number `first` on, uint8 `[step, C, H, W]` at a time, or what is wrong with one."""
 
-    def __init__(self, images: DecodedImages, first: int) -> None:
-        self._images, self._first = images, first
-        self._step = max(1, CHUNK_BYTES // images.shape.numel())
+    def __init__(self, images: DecodedImages, first: int, step: int) -> None:
+        self._images, self._first, self._step = images, first, step
 
     def __len__(self) -> int:
         return -(-(len(self._images) - self._first) // self._step)
@@ -241,13 +283,14 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
     shape = (len(images), *images.shape)
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     offset, each = header.tell(), images.shape.numel()
+    step = max(1, CHUNK_BYTES // each)
     with path.open("ab") as file:
-        done = max(0, (file.tell() - offset - SYNC_BYTES) // each)
+        done = max(0, (file.tell() - offset - SYNC_BYTES) // each - step)
         file.truncate(offset + done * each if done else 0)
         if not done:
             file.write(header.getvalue())
         loader = DataLoader(
-            _Chunks(images, done),
+            _Chunks(images, done, step),
             batch_size=None,
             num_workers=jobs if jobs > 1 else 0,
             # A forked worker ends when its parent was killed; one of a fork server would stay for ever.
