@@ -75,8 +75,8 @@ def test_prepare_and_check(data: Command) -> None:
     assert status == 0
     assert out.splitlines() == [
         "cifar10: whole; 12 train, 10 test images of 3x32x32, 10 classes",
-        "  when it was made, 12 images in split 'train' were found, 50000 are registered",
-        "  when it was made, 10 images in split 'test' were found, 10000 are registered",
+        "  warning: 12 images in split 'train' were found, 50000 are registered",
+        "  warning: 10 images in split 'test' were found, 10000 are registered",
     ]
     assert [line.split()[3] for line in data("list")[1].splitlines() if line.strip().startswith("cifar10 ")] == ["yes"]
     with Path("data/cifar10/test-labels.npy").open("r+b") as file:
@@ -85,7 +85,7 @@ def test_prepare_and_check(data: Command) -> None:
     status, out, err = data("check", "cifar10")
     assert status == 2
     assert "test-labels.npy is damaged" in out
-    assert err == "trajshift: 1 of 1 caches are damaged or missing: cifar10\n"
+    assert err == "trajshift: 1 of 1 caches are damaged, missing or wrong: cifar10\n"
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,11 @@ def test_prepare_and_check(data: Command) -> None:
             "copy has no column 'digit'; set label to one of",
         ),
         (["prepare", "cifar10", "--from", "copy", "--quiet", "--root", "copy/file"], "cannot write to copy/file"),
+        (["prepare", "cifar10", "stl10", "hub=a/b"], "hub= is one repository, but 2 data sets are named; name one"),
+        (["prepare", "cifar10", "hub=copy"], "copy is a folder here, which would be taken for the repository on the"),
         (["prepare", "cifar10"], "uoft-cs/cifar10: not to be opened as a data set"),
         (["check"], "there is no cache in data; make one with: trajshift data prepare NAME --root data"),
-        (["check", "svhn"], "1 of 1 caches are damaged or missing: svhn"),
+        (["check", "svhn"], "1 of 1 caches are damaged, missing or wrong: svhn"),
         (["list", "svn"], "unknown data set 'svn'; did you mean 'svhn'?"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub import contents, same, small
 
-from trajshift.data import prepare
+from trajshift.data import caches, prepare
 from trajshift.data.caches import MANIFEST, check_cache, open_cache
 from trajshift.data.hashing import permutation
 from trajshift.data.huggingface import image_data
@@ -94,6 +94,20 @@ def test_quickdraw_is_subsampled_by_class(tmp_path: Path) -> None:
     assert torch.equal(again.numbers, train.numbers)
 
 
+def test_a_class_never_has_more_than_its_share(tmp_path: Path) -> None:
+    entry = replace(find("quickdraw"), classes=3, train_images=21, test_images=6, per_class=(4, 2))
+    images = hub.pictures(21, (28, 28))
+    labels = [0, *[1] * 10, *[2] * 10]
+    for split, count in (("train", 21), ("test", 6)):
+        chosen = labels if split == "train" else [0, 0, 1, 1, 2, 2]
+        table = hub.table(images[:count], chosen, entry, 3)
+        table.to_parquet(str(tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet"))
+    opened, differing = open_entry(entry, tmp_path / "copy")
+    assert torch.bincount(opened.splits["train"].targets).tolist() == [1, 4, 4]
+    assert torch.bincount(opened.splits["test"].targets).tolist() == [2, 2, 2]
+    assert differing == ["1 classes of fewer than 4 images for train were found, 0 are registered"]
+
+
 def test_a_half_uses_the_cache_of_the_whole(tmp_path: Path) -> None:
     entry = find("tinyimagenet")
     images = hub.pictures(200, (64, 64, 3))
@@ -124,6 +138,14 @@ def test_wrong_figures_of_a_verified_entry_are_an_error(tmp_path: Path, monkeypa
     assert open_entry(entry, copy)[1] == []
     with pytest.raises(UsageError, match=r"svhn: 23 images in split 'train' were found, 22 are registered.*2026-01-31"):
         open_entry(replace(entry, train_images=22), copy)
+    prepare_cache("svhn", tmp_path / "kept", copy=copy, quiet=True)
+    monkeypatch.setattr(caches, "find", lambda name: entry)
+    open_cache(tmp_path / "kept", "svhn")
+    monkeypatch.setattr(caches, "find", lambda name: replace(entry, train_images=22))
+    uses: list[Callable[[Path, str], Any]] = [open_cache, check_cache, lambda root, name: prepare_cache(name, root)]
+    for use in uses:
+        with pytest.raises(UsageError, match=r"23 images in split 'train' were found, 22 are registered.*2026-01-31"):
+            use(tmp_path / "kept", "svhn")
     assert overridden(entry, {"label": "digit"}).verified is None
     monkeypatch.setattr(prepare, "find", lambda name: replace(entry, test_images=4))
     with pytest.raises(UsageError, match="5 images in split 'test' were found, 4 are registered"):
@@ -205,10 +227,12 @@ def test_damage_is_found(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"has {len(good) - 1} bytes and should have {len(good)}"):
         open_cache(tmp_path, "cifar10")
     file.unlink()
-    with pytest.raises(UsageError, match=r"no whole cache \(FileNotFoundError"):
+    with pytest.raises(UsageError, match=r"no whole cache \(.*No such file"):
         open_cache(tmp_path, "cifar10")
     (folder / MANIFEST).write_text("[]")
-    with pytest.raises(UsageError, match=r"no whole cache \(TypeError"):
+    with pytest.raises(
+        UsageError, match=r"no whole cache \(manifest.json: .*; remove .*/cifar10 and make it again with: traj"
+    ):
         open_cache(tmp_path, "cifar10")
     with pytest.raises(UsageError, match=r"no cache of 'svhn' in .*; make it with: trajshift data prepare svhn --root"):
         open_cache(tmp_path, "svhn")

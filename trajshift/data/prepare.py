@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trajshift.data.caches import MANIFEST, SPLITS, checksum, members_only, read_manifest
-from trajshift.data.hashing import key
+from trajshift.data.hashing import key, permutation
 from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images
-from trajshift.data.registry import DataSet, find
-from trajshift.data.sources import ArraySource, class_balanced_subset
+from trajshift.data.registry import DataSet, differences, find
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
 from trajshift.rundir import replace_file
@@ -75,6 +74,11 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
     """
     if copy is not None and not Path(copy).expanduser().exists():
         raise UsageError(f"{copy}: no such file or folder; give a local copy of {entry.hub}")
+    if copy is None and Path(entry.hub).expanduser().exists():
+        raise UsageError(
+            f"{entry.hub} is a folder here, which would be taken for the repository on the hub; give it by --from (in a"
+            " recipe by options.from), or work in another folder"
+        )
     opened = open_images(
         entry.hub if copy is None else Path(copy), train=entry.train, test=entry.test, image=entry.image,
         label=entry.label, size=entry.size, channels=entry.channels, subset=entry.subset,
@@ -94,24 +98,27 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
         names = tuple(names[number] for number in entry.members)
     if entry.per_class is not None:
         counts = dict(zip(SPLITS, entry.per_class, strict=True))
-        splits = {name: _few(images, counts[name] * len(names), entry.name, name) for name, images in splits.items()}
+        splits = {name: _few(images, counts[name], entry.name, name) for name, images in splits.items()}
     return OpenedImages(splits, names), differing
 
 
 def _differences(entry: DataSet, opened: OpenedImages) -> list[str]:
     """Where the figures of an entry are not what was found."""
-    triples = (
-        ("classes", entry.classes, len(opened.class_names)),
-        (f"images in split {entry.train!r}", entry.train_images, len(opened.splits["train"])),
-        (f"images in split {entry.test!r}", entry.test_images, len(opened.splits["test"])),
-    )
-    return [f"{found} {what} were found, {said} are registered" for what, said, found in triples if found != said]
+    splits, classes = opened.splits, len(opened.class_names)
+    differing = differences(entry, classes, len(splits["train"]), len(splits["test"]))
+    for each, (split, images) in zip(entry.per_class or (), splits.items(), strict=False):
+        short = int((torch.bincount(images.targets, minlength=classes) < each).sum())
+        if short:
+            differing.append(f"{short} classes of fewer than {each} images for {split} were found, 0 are registered")
+    return differing
 
 
-def _few(images: DecodedImages, count: int, name: str, split: str) -> DecodedImages:
-    """A class-balanced subset, the same whenever it is drawn, in the order of the repository."""
-    draw = key(name, "per_class", split)
-    places = class_balanced_subset(ArraySource((images.targets, images.targets)), count, draw).sort().values
+def _few(images: DecodedImages, each: int, name: str, split: str) -> DecodedImages:
+    """Up to `each` random images of every class, the same whenever they are drawn, in the order of the repository."""
+    order = permutation(key(name, "per_class", split), len(images))
+    order = order[images.targets[order].argsort(stable=True)]
+    classes = order.split(torch.bincount(images.targets).tolist())
+    places = torch.cat([own[:each] for own in classes]).sort().values
     return images.select(places, images.targets[places])
 
 
@@ -160,7 +167,7 @@ def prepare_cache(
 
 def _same_as_asked(manifest: Mapping[str, Any], entry: DataSet, folder: Path) -> None:
     for field in OVERRIDES:
-        asked, there = getattr(entry, field), manifest["entry"][field]
+        asked, there = getattr(entry, field), manifest["entry"].get(field)
         if asked != there:
             raise UsageError(
                 f"{folder} was made with {field} {there!r}, not {asked!r}; remove it, or name another --root"
