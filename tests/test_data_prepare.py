@@ -245,3 +245,12 @@ def test_the_manifest_says_where_it_is_from(tmp_path: Path) -> None:
     assert manifest["entry"]["revision"] == find("stl10").revision
     assert manifest["from_local_copy"] is True
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, copy = small("stl10", tmp_path, n=3)
+    datasets.enable_progress_bars()
+    capsys.readouterr()
+    prepare_cache("stl10", tmp_path, copy=copy, quiet=True)
+    assert capsys.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()

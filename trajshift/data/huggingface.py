@@ -7,7 +7,8 @@ image is decoded whenever it is fetched, best by the workers of a `Stream`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from glob import glob
@@ -102,6 +103,20 @@ def open_images(
     return OpenedImages(opened, class_names)
 
 
+@contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """If `quiet`, `datasets` shows no progress bars."""
+    datasets = _datasets()
+    shown = not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            datasets.enable_progress_bars()
+
+
 def image_data(opened: OpenedImages, memory_bytes: int = MEMORY_BYTES) -> ImageData:
     """Sources of opened images: in memory up to `memory_bytes` a split, else decoded when fetched."""
     sources = {split: _source(images, memory_bytes) for split, images in opened.splits.items()}
@@ -126,7 +141,10 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         self.numbers = torch.arange(len(targets))
         self._column, self._size, self._channels = column, size, channels
         self.fingerprint: str = split._fingerprint
-        self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
+        try:
+            self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
+        except Exception as error:  # whatever Arrow says of numbers and the like
+            raise UsageError(f"{what}: column {column!r} holds no images; set image to one that does") from error
         self.shape = self._decode(0).shape
 
     def __len__(self) -> int:
@@ -155,15 +173,21 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         return found and found[1]
 
     def _decode(self, number: int) -> Tensor:
+        from PIL.Image import DecompressionBombError
+
         try:
             decoded = self._images[number][self._column]
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for bytes that are no image
+        # What Pillow raises for bytes that are no image, or far too large a one.
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
             reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
             raise UsageError(f"{self.what}: image {number} is broken ({reason}); mend or drop the row") from error
         if decoded is None:
             raise UsageError(f"{self.what}: image {number} is missing; drop the row")
-        return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
+        try:
+            return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
+        except UsageError as error:
+            raise UsageError(f"{self.what}: image {number}: {error}") from error
 
 
 def _source(images: DecodedImages, memory_bytes: int) -> Source:
@@ -260,24 +284,33 @@ def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callab
     """Names of the classes, and the function from an entry of the column to its class number (-1: none)."""
     feature = split.features[label]
     if isinstance(feature, _datasets().ClassLabel):
-        names = {name: number for number, name in enumerate(feature.names)}
-        return tuple(names), lambda entry: entry if isinstance(entry, int) else names.get(entry, -1)
-    entries = set(split.select_columns([label])[:][label])
-    if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-        return tuple(map(str, range(max(entries) + 1))), int
-    if None in entries or not all(isinstance(entry, (str, bool)) for entry in entries):
+        names = tuple(feature.names)
+    else:
+        entries = set(_entries(what, split, label))
+        if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+            words = {name: number for number, name in enumerate(sorted(map(str, entries)))}
+            return tuple(words), lambda entry: words.get(str(entry), -1)
+        names = tuple(map(str, range(max(entries) + 1)))
+    places = {name: number for number, name in enumerate(names)}
+    return names, lambda entry: entry if isinstance(entry, int) else places.get(entry, -1)
+
+
+def _entries(what: str, split: Any, label: str) -> list[Any]:
+    """The column of class names or numbers; another kind of column is refused before it is read."""
+    if label not in split.column_names:
+        raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
+    feature, kinds = split.features[label], (_datasets().ClassLabel, _datasets().Value)
+    if not isinstance(feature, kinds) or not re.match("u?int|(large_)?string|bool", feature.dtype):
         raise UsageError(f"{what}: column {label!r} holds no class names or numbers; set label to one that does")
-    places = {entry: number for number, entry in enumerate(sorted(entries))}
-    return tuple(map(str, places)), lambda entry: places.get(entry, -1)
+    entries: list[Any] = split.select_columns([label])[:][label]
+    if None in entries:
+        raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
+    return entries
 
 
 def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], classes: tuple[str, ...]) -> Tensor:
     """The training class number of each example; a split may have fewer classes than training, or another order."""
-    if label not in split.column_names:
-        raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
-    entries = split.select_columns([label])[:][label]
-    if None in entries:
-        raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
+    entries = _entries(what, split, label)
     own = tuple(getattr(split.features[label], "names", classes))
     unknown = [name for name in own if name not in classes]
     if unknown:

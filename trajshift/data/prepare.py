@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trajshift.data.caches import MANIFEST, SPLITS, checksum, members_only, read_manifest
 from trajshift.data.hashing import key, permutation
-from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images
+from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images, silenced
 from trajshift.data.registry import DataSet, differences, find
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
@@ -151,7 +151,8 @@ def prepare_cache(
     entry = overridden(find(entry.whole or name), overrides or {})
     folder = Path(root) / entry.name
     if not folder.exists():
-        opened, differing = open_entry(entry, copy)
+        with silenced(quiet):
+            opened, differing = open_entry(entry, copy)
         for sentence in () if quiet else differing:
             print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
         manifest = _describe(entry, opened, differing, copied=copy is not None)
