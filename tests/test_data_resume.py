@@ -20,6 +20,7 @@ from hub import contents, same, small, watch
 
 from trajshift.data import prepare
 from trajshift.data.caches import open_cache
+from trajshift.data.huggingface import DecodedImages
 from trajshift.data.prepare import prepare_cache
 from trajshift.data.registry import find
 from trajshift.errors import UsageError
@@ -196,6 +197,27 @@ def hold(folder: Path) -> None:
     with prepare._part(folder):
         folder.with_name("held").touch()
         signal.pause()
+
+
+def test_a_killed_worker_is_one_sentence_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, copy = small("cifar10", tmp_path)
+    undisturbed = contents(prepare_cache("cifar10", tmp_path / "whole", copy=copy, quiet=True))
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 2 * 3072)
+    monkeypatch.setattr(prepare, "SYNC_BYTES", 0)
+    getitem = DecodedImages.__getitem__
+
+    def killed(images: DecodedImages, place: int) -> Any:
+        if place == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getitem(images, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodedImages, "__getitem__", killed)
+        with pytest.raises(UsageError, match=r"a process that loads images was killed.*; lower --jobs"):
+            prepare_cache("cifar10", tmp_path, copy=copy, jobs=2, quiet=True)
+    decoded = watch(monkeypatch)
+    assert contents(prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)) == undisturbed
+    assert decoded[0] > 0
 
 
 def test_more_processes_write_the_same_bytes_and_show_progress(

@@ -28,6 +28,7 @@ from trajshift.data.caches import MANIFEST, SPLITS, checksum, members_only, read
 from trajshift.data.hashing import key, permutation
 from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images, silenced
 from trajshift.data.registry import DataSet, differences, find
+from trajshift.data.stream import workers_alive
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
 from trajshift.rundir import replace_file
@@ -307,7 +308,12 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             generator=torch.Generator(),
         )
         chunks = iter(loader)  # before Progress starts a thread
-        with Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress:
+        advice = "lower --jobs, or find more memory, and repeat the command, which goes on"
+        with (
+            workers_alive(advice),
+            workers_alive(advice),
+            Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress,
+        ):
             synced = done
             for chunk in chunks:
                 if isinstance(chunk, UsageError):
