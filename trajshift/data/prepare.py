@@ -230,8 +230,8 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
     if there != plan:
         if there and any(file.stat().st_size > HEADER_BYTES for file in part.glob("*-images.npy")):
             raise UsageError(
-                f"{part} holds unfinished work: {_what_differs(there, plan)}; finish that by the command that began it,"
-                f" or remove {part} to start anew"
+                f"{part} holds unfinished work: {_what_differs(there, plan)}; go back to what it was begun"
+                f" with, or remove {part} to start anew"
             )
         for file in part.glob("*.npy"):
             file.unlink()
