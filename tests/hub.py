@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from trajshift.data.registry import DataSet
+from trajshift.data.huggingface import DecodedImages
+from trajshift.data.registry import DataSet, find
 
 
 @contextmanager
@@ -59,3 +61,36 @@ def repository(
             + "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
         )
     return labels[0], labels[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def same(source: Any, images: list[np.ndarray], labels: list[int]) -> None:
+    x, y = source.fetch(torch.arange(len(source)))
+    assert (x.dtype, y.dtype) == (torch.uint8, torch.int64)
+    assert y.tolist() == labels
+    assert np.array_equal(x.numpy(), np.stack(images).transpose(0, 3, 1, 2))
+
+
+def small(name: str, tmp_path: Path, n: int = 23) -> tuple[list[np.ndarray], list[int], Path]:
+    """A copy of a repository at the registered size, its training images and labels."""
+    entry = find(name)
+    shape = (entry.size, entry.size, entry.channels)
+    images = pictures(n, shape if entry.channels == 3 else shape[:2])
+    train, _ = repository(tmp_path / "copy", entry, images, images[:5])
+    return images, train, tmp_path / "copy"
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on the numbers of the images that are decoded."""
+    decoded: list[int] = []
+    getitem = DecodedImages.__getitem__
+
+    def watched(images: DecodedImages, place: int) -> Any:
+        decoded.append(place)
+        return getitem(images, place)
+
+    monkeypatch.setattr(DecodedImages, "__getitem__", watched)
+    return decoded

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import torch
 
 from trajshift.build import build_tasks
 from trajshift.data import batches as batches_module
+from trajshift.data import caches
 from trajshift.data.batches import TaskBatches
-from trajshift.data.caches import open_cache
+from trajshift.data.caches import check_cache, open_cache
 from trajshift.data.images import image_task
 from trajshift.data.prepare import prepare_cache
 from trajshift.data.registry import find
@@ -114,6 +118,79 @@ def test_labels_of_a_cache_are_checked_against_the_task(tmp_path: Path) -> None:
     source, _ = mapped(tmp_path)
     with pytest.raises(UsageError, match="labels from 0 to 3 but outputs=3"):
         TaskBatches(image_task("a", source, outputs=3), seed=0, batch_size=2)
+
+
+# damage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache of 20 images, made of a local copy and with a size of its own."""
+    images = hub.pictures(20, (8, 8, 3))
+    hub.repository(tmp_path / "copy", find("cifar10"), images, images[:10])
+    return prepare_cache("cifar10", tmp_path, copy=tmp_path / "copy", quiet=True, overrides={"size": 8})
+
+
+def without(field: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda manifest: {name: value for name, value in manifest.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        *[(without(field), f"{field}: Field required") for field in ("class_names", "images", "entry", "files")],
+        (without("differs_from_registry"), "differs_from_registry: Field required"),
+        (lambda manifest: {**manifest, "images": {"train": [20, 3, 8, 8]}}, "names .*, train"),
+        (
+            lambda manifest: {**manifest, "files": {**manifest["files"], "x": {"bytes": 1, "sha256": ""}}},
+            "names .*, x,",
+        ),
+        (lambda manifest: {**manifest, "files": {"test-labels.npy": {"bytes": 9}}}, "sha256: Field required"),
+        (lambda manifest: b"\xff\x00\xfe", "Invalid JSON"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(
+    change: Callable[[dict[str, Any]], Any], sentence: str, cache: Path
+) -> None:
+    file = cache / "manifest.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+    for use in (open_cache, check_cache):
+        with pytest.raises(UsageError) as raised:
+            use(cache.parent, "cifar10")
+        assert re.search(rf"no whole cache \(manifest.json.*{sentence}", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("train-images.npy", lambda data: b"x" * 128 + data[128:], "is damaged .*"),
+        ("test-labels.npy", lambda data: b"x" * 128 + data[128:], "is damaged .*"),
+        ("train-images.npy", lambda data: data.replace(b"(20,", b"(19,"), r"holds uint8 \[19, 3, 8, 8\] and should .*"),
+        ("train-labels.npy", lambda data: data.replace(b"(20,", b"(19,"), r"holds int64 \[19\] and should hold .*"),
+        ("train-labels.npy", lambda data: data.replace(b"<i8", b"<f8"), r"holds float64 \[20\] and should hold .*"),
+    ],
+)
+def test_a_damaged_header_is_refused(file: str, change: Callable[[bytes], bytes], sentence: str, cache: Path) -> None:
+    (cache / file).write_bytes(change((cache / file).read_bytes()))
+    again = f"trajshift data prepare cifar10 size=8 --root {cache.parent} --from COPY"
+    with pytest.raises(UsageError, match=f"{file} {sentence}; remove {cache} and make it again with: {again}$"):
+        open_cache(cache.parent, "cifar10")
+
+
+def test_a_file_that_cannot_be_read_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(UsageError, match=r"cannot read \S+train-labels.npy \(Permission denied\)"):
+        open_cache(cache.parent, "cifar10")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError, match=r"cannot read \S+manifest.json \(Permission denied\)"):
+        open_cache(cache.parent, "cifar10")
+    monkeypatch.setattr(caches, "read_manifest", lambda *_: {})
+    with pytest.raises(UsageError, match=r"cannot read \S+train-images.npy \(Permission denied\)"):
+        check_cache(cache.parent, "cifar10")
 
 
 # recipes ----------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hub
 import pytest
 
 from trajshift.cli import main
+from trajshift.data import prepare
 from trajshift.data.registry import find, registered
 
 pytest.importorskip("datasets")
@@ -72,8 +75,8 @@ def test_prepare_and_check(data: Command) -> None:
     assert status == 0
     assert out.splitlines() == [
         "cifar10: whole; 12 train, 10 test images of 3x32x32, 10 classes",
-        "  when it was made, 12 images in split 'train' were found, 50000 are registered",
-        "  when it was made, 10 images in split 'test' were found, 10000 are registered",
+        "  warning: 12 images in split 'train' were found, 50000 are registered",
+        "  warning: 10 images in split 'test' were found, 10000 are registered",
     ]
     assert [line.split()[3] for line in data("list")[1].splitlines() if line.strip().startswith("cifar10 ")] == ["yes"]
     with Path("data/cifar10/test-labels.npy").open("r+b") as file:
@@ -82,7 +85,7 @@ def test_prepare_and_check(data: Command) -> None:
     status, out, err = data("check", "cifar10")
     assert status == 2
     assert "test-labels.npy is damaged" in out
-    assert err == "trajshift: 1 of 1 caches are damaged or missing: cifar10\n"
+    assert err == "trajshift: 1 of 1 caches are damaged, missing or wrong: cifar10\n"
 
 
 @pytest.mark.parametrize(
@@ -108,9 +111,11 @@ def test_prepare_and_check(data: Command) -> None:
             "copy has no column 'digit'; set label to one of",
         ),
         (["prepare", "cifar10", "--from", "copy", "--quiet", "--root", "copy/file"], "cannot write to copy/file"),
+        (["prepare", "cifar10", "stl10", "hub=a/b"], "hub= is one repository, but 2 data sets are named; name one"),
+        (["prepare", "cifar10", "hub=copy"], "copy is a folder here, which would be taken for the repository on the"),
         (["prepare", "cifar10"], "uoft-cs/cifar10: not to be opened as a data set"),
         (["check"], "there is no cache in data; make one with: trajshift data prepare NAME --root data"),
-        (["check", "svhn"], "1 of 1 caches are damaged or missing: svhn"),
+        (["check", "svhn"], "1 of 1 caches are damaged, missing or wrong: svhn"),
         (["list", "svn"], "unknown data set 'svn'; did you mean 'svhn'?"),
     ],
 )
@@ -122,6 +127,29 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, data: Co
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert not Path("data").exists()
+
+
+def test_a_full_disk_names_the_command_that_goes_on(data: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = hub.pictures(300, (4, 4, 3))
+    hub.repository(Path("copy"), find("cifar10"), images, images[:10])
+    begin, limits = prepare._begin, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(part: Path, *others: Any) -> None:
+        (part / prepare.PLAN).touch()
+        monkeypatch.setattr(prepare, "replace_file", lambda *_: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            begin(part, *others)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(prepare, "_begin", on_a_full_disk)
+    status, _, err = data("prepare", "cifar10", "size=4", "--from", "copy", "--root", "my data", "--quiet")
+    assert status == 2
+    assert err == (
+        "trajshift: no space left on the disk of my data; free some and continue with: trajshift data prepare cifar10"
+        " size=4 --from copy --root 'my data' --quiet\n"
+    )
 
 
 def test_a_missing_extra_is_named(data: Command, monkeypatch: pytest.MonkeyPatch) -> None:

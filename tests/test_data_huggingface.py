@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,58 @@ def test_labels_by_name_and_by_number(tmp_path: Path) -> None:
     made(images, [0.5, 1.5, 2.5], datasets.Value("float64")).save_to_disk(tmp_path / "floats")
     with pytest.raises(UsageError, match="holds no class names or numbers"):
         load_hf(tmp_path / "floats")
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_labels_of_a_test_split_mean_the_training_classes(kind: str, tmp_path: Path) -> None:
+    def load(names: list[str], labels: list[int]) -> Any:
+        folder = tmp_path / "-".join(names)
+        label = datasets.ClassLabel(names=names)
+        train = datasets.ClassLabel(names=["cat", "dog", "eel"])
+        parts = {"train": made(pictures(3), [0, 1, 2], train), "test": made(pictures(3, seed=1), labels, label)}
+        if kind == "saved":
+            datasets.DatasetDict(parts).save_to_disk(folder)
+        else:
+            for split, part in parts.items():
+                part.to_parquet(folder / f"{split}.parquet")
+        return load_hf(folder)
+
+    data = load(["dog", "eel"], [0, 1, 0])
+    assert data.class_names == ("cat", "dog", "eel")
+    same(data.train, pictures(3), [0, 1, 2])
+    same(data.test, pictures(3, seed=1), [1, 2, 1])
+    same(load(["eel", "dog", "cat"], [0, 1, 2]).test, pictures(3, seed=1), [2, 1, 0])
+    with pytest.raises(UsageError, match="split 'test': class 'fox' of column 'label' is none of the 3 training"):
+        load(["cat", "fox"], [0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"label": "image"}, "split 'train': column 'image' holds no class names or numbers; set label"),
+        ({"label": "pair"}, "split 'train': column 'pair' holds no class names or numbers; set label"),
+        ({"image": "pair"}, "split 'train': column 'pair' holds no images; set image"),
+        ({"image": "label"}, "split 'train': column 'label' holds no images; set image"),
+        ({"size": 3_000_000}, "images were asked for at size 3000000; use 1 to 4096 pixels"),
+        ({"image": "deep"}, "split 'train': image 0: an image has Pillow mode 'I;16', more than 8 bits"),
+    ],
+)
+def test_columns_of_another_kind_are_refused(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    split = made(pictures(2), [0, 1]).add_column("pair", [[1, 2], [3, 4]])
+    deep = datasets.Dataset.from_dict(
+        {"deep": [Image.fromarray(np.full((6, 6), 999, dtype=np.uint16))] * 2},
+        features=datasets.Features({"deep": datasets.Image()}),
+    )
+    datasets.concatenate_datasets([split, deep], axis=1).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        load_hf(tmp_path / "saved", **{"image": "image", "label": "label", **options})
+
+
+def test_an_image_far_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made([*pictures(1), *pictures(1, (9, 9, 3))], [0, 1]).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(UsageError, match=r"split 'train': image 1 is broken \(Image size \(81 pixels\) exceeds limit"):
+        load_hf(tmp_path / "saved", size=6)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from trajshift.data.batches import Request, TaskBatches
 from trajshift.data.images import ImageTransform
-from trajshift.data.stream import Stream
+from trajshift.data.stream import Stream, workers_alive
 from trajshift.errors import UsageError
 from trajshift.task import Task
 
@@ -209,3 +211,32 @@ gc.collect()
 def test_a_process_that_leaves_its_stream_open_ends(then: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORGETFUL + then], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
+class Killed(Images):
+    """Ends the worker that makes one of its examples, as a system without memory does."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == self.n - 1 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_one_sentence() -> None:
+    task = Task(name="a", train=Killed(12), outputs=2)
+    batches = TaskBatches(task, seed=5, batch_size=6)
+    stream = Stream({"a": batches}, 1)
+    with pytest.raises(UsageError, match=r"a process that loads images was killed.*; lower workers"):
+        list(map(batches.train, range(2)))
+    stream.close()
+    batches = TaskBatches(replace(task, train=Process()), seed=5, batch_size=1)
+    stream = Stream({"a": batches}, 1)
+    worker = int(batches.train(0))
+    with pytest.raises(UsageError, match=r"was killed.*; buy more$"), workers_alive("buy more"):
+        kill_and_wait(worker)
+    stream.close()
+
+
+def kill_and_wait(worker: int) -> None:
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(60)  # torch interrupts it

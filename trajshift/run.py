@@ -19,6 +19,7 @@ import torch
 
 from trajshift import checkpoint
 from trajshift.build import build_trainer, describe_start, unshared
+from trajshift.data.stream import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.loop import Event
@@ -62,7 +63,8 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
     """
     world = World.current(recipe.device)
     directory = RunDirectory(path)
-    with disk_errors(directory.path):
+    advice = f"lower workers, or find more memory, and continue with: trajshift train --resume {path}"
+    with disk_errors(directory.path), workers_alive(advice):
         try:
             return _Run(recipe, directory, world, resume=resume, quiet=quiet).go()
         finally:

@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajshift.data.registry import DataSet, find
+from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import ImageData, MappedSource
 from trajshift.errors import UsageError
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
+FILES = tuple(f"{split}-{part}.npy" for split in SPLITS for part in ("images", "labels"))
 
 
 def open_cache(root: str | Path, name: str) -> ImageData:
     """The cache of a registered data set below the folder `root`, mapped; of some classes where it has but these.
 
     Raises:
-        UsageError: an unknown name, no cache of it, or files that do not fit the manifest.
+        UsageError: an unknown name, no cache of it, or files that cannot be read or do not fit the manifest.
     """
     entry = find(name)
     folder = Path(root) / (entry.whole or name)
@@ -40,8 +43,10 @@ def open_cache(root: str | Path, name: str) -> ImageData:
     names = tuple(manifest["class_names"])
     sources = {}
     for split in SPLITS:
-        labels = torch.from_numpy(np.load(folder / f"{split}-labels.npy", allow_pickle=False))
-        source = MappedSource(folder / f"{split}-images.npy", labels)
+        path, (count, *shape) = folder / f"{split}-images.npy", manifest["images"][split]
+        labels = torch.from_numpy(_load(folder / f"{split}-labels.npy", "int64", [count], manifest))
+        _load(path, "uint8", [count, *shape], manifest)
+        source = MappedSource(path, labels)
         if entry.members is not None:
             places, renumbered = members_only(labels, entry.members)
             source = MappedSource(source.path, renumbered, places)
@@ -67,29 +72,109 @@ def members_only(labels: Tensor, members: tuple[int, ...]) -> tuple[Tensor, Tens
     return places, renumbered
 
 
+def _load(path: Path, kind: str, shape: list[int], manifest: Mapping[str, Any]) -> np.ndarray:
+    """An array of a cache, images mapped; refused if it is not what the manifest says."""
+    try:
+        array = np.load(path, mmap_mode="r" if "images" in path.name else None, allow_pickle=False)
+        found = f"{array.dtype} {list(array.shape)}"
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:  # whatever numpy meets in a damaged header
+        raise UsageError(f"{path} is damaged ({str(error).splitlines()[0]}); {_anew(path.parent, manifest)}") from error
+    if found != f"{kind} {shape}":
+        raise UsageError(f"{path} holds {found} and should hold {kind} {shape}; {_anew(path.parent, manifest)}")
+    return np.asarray(array)
+
+
 def read_manifest(folder: Path, entry: DataSet) -> dict[str, Any]:
     """The manifest of a cache whose files have the sizes that it says.
 
     Raises:
-        UsageError: no cache, or one that is damaged.
+        UsageError: no cache, one that is damaged, or other figures than those of a verified entry.
     """
-    again = f"trajshift data prepare {entry.name} --root {folder.parent}"
     if not folder.is_dir():
+        again = f"trajshift data prepare {entry.name} --root {folder.parent}"
         raise UsageError(f"there is no cache of {entry.name!r} in {folder.parent}; make it with: {again}")
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: Mapping[str, Mapping[str, Any]] = manifest["files"]
-        for name in (f"{split}-{part}.npy" for split in SPLITS for part in ("images", "labels")):
-            found = (folder / name).stat().st_size
-            if found != files[name]["bytes"]:
-                raise UsageError(
-                    f"{folder / name} has {found} bytes and should have {files[name]['bytes']}; remove {folder} and"
-                    f" make it again with: {again}"
-                )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{folder} is no whole cache ({reason}); remove it and make it again with: {again}") from error
+        manifest = _parsed((folder / MANIFEST).read_bytes())
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"{folder} is no whole cache ({error}); {_anew(folder)}") from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for name, found in sizes.items():
+        said = manifest["files"][name]["bytes"]
+        if found != said:
+            raise UsageError(f"{folder / name} has {found} bytes and should have {said}; {_anew(folder, manifest)}")
+    registered = find(folder.name)
+    differing = figures_that_differ(manifest, registered)
+    if differing and registered.verified is not None and not _overrides(manifest, registered):
+        raise UsageError(
+            f"{folder}: {differing[0]}, which was right on {registered.verified}; {_anew(folder, manifest)}"
+        )
     return manifest
+
+
+def figures_that_differ(manifest: Mapping[str, Any], entry: DataSet) -> list[str]:
+    """Where a cache is not what a whole entry of the registry lets expect, a sentence each."""
+    if entry.per_class is not None:
+        train, test = (each * entry.classes for each in entry.per_class)
+        entry = replace(entry, train_images=train, test_images=test)
+    train, test = (manifest["images"][split][0] for split in SPLITS)
+    return differences(entry, len(manifest["class_names"]), train, test)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What a manifest must hold."""
+
+    entry: dict[str, str | int | None]
+    from_local_copy: bool
+    differs_from_registry: list[str]
+    class_names: list[str]
+    images: dict[str, tuple[int, int, int, int]]
+    files: dict[str, _File]
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A manifest.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        manifest = TypeAdapter(_Manifest).validate_json(text, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(f"{MANIFEST}: {' '.join(map(str, fault['loc']))}: {fault['msg']}") from error
+    if set(manifest.files) != set(FILES) or set(manifest.images) != set(SPLITS):
+        raise ValueError(f"{MANIFEST} names {', '.join([*manifest.files, *manifest.images])}")
+    parsed: dict[str, Any] = json.loads(text)
+    return parsed
+
+
+def _overrides(manifest: Mapping[str, Any], entry: DataSet) -> list[str]:
+    """The words FIELD=VALUE with which a cache was made."""
+    return [f"{field}={value}" for field, value in manifest["entry"].items() if value != getattr(entry, field, value)]
+
+
+def _anew(folder: Path, manifest: Mapping[str, Any] | None = None) -> str:
+    """Ends a sentence about a damaged cache."""
+    words = [folder.name, *(_overrides(manifest, find(folder.name)) if manifest else []), "--root", str(folder.parent)]
+    copy = " --from COPY" if manifest and manifest["from_local_copy"] else ""
+    return f"remove {folder} and make it again with: trajshift data prepare {shlex.join(words)}{copy}"
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot read {error.filename or path} ({error.strerror}); mend its permissions or its disk")
 
 
 def checksum(path: Path) -> str:
@@ -105,15 +190,19 @@ def check_cache(root: Path, name: str) -> dict[str, Any]:
     """The manifest of a cache all of whose files have the checksums that it says.
 
     Raises:
-        UsageError: no cache, or a file that is damaged.
+        UsageError: no cache, a file that is damaged, or other figures than those of a verified entry.
     """
     entry = find(name)
     folder = root / (entry.whole or name)
     manifest = read_manifest(folder, entry)
-    for file, about in manifest["files"].items():
-        if checksum(folder / file) != about["sha256"]:
+    for file in FILES:
+        try:
+            found = checksum(folder / file)
+        except OSError as error:
+            raise _unreadable(folder / file, error) from error
+        if found != manifest["files"][file]["sha256"]:
             raise UsageError(
-                f"{folder / file} is damaged: its SHA-256 is not the one written when it was made; remove {folder} and"
-                f" make it again with: trajshift data prepare {entry.whole or name} --root {root}"
+                f"{folder / file} is damaged: its SHA-256 is not the one written when it was made;"
+                f" {_anew(folder, manifest)}"
             )
     return manifest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +84,8 @@ def prepare(
     wholes = list(dict.fromkeys(find(name).whole or name for name in names))
     if copy is not None and len(wholes) > 1:
         raise UsageError(f"--from is a copy of one repository, but {len(wholes)} are named; name one")
+    if len(wholes) > 1 and any(text.startswith("hub=") for text in settings):
+        raise UsageError(f"hub= is one repository, but {len(wholes)} data sets are named; name one")
     fields = {field: parse_value(value) for field, _, value in (text.partition("=") for text in settings)}
 
     from trajshift.data.prepare import prepare_cache
@@ -90,8 +94,7 @@ def prepare(
     from trajshift.tables import console
 
     for name in wholes:
-        again = f"trajshift data prepare {' '.join(words)} --root {root}"
-        with disk_errors(root, option="--root", again=again):
+        with disk_errors(root, option="--root", again=shlex.join(["trajshift", *sys.argv[1:]])):
             folder = prepare_cache(name, root, copy=copy, jobs=jobs or cores(), overrides=fields, quiet=quiet)
         console().print(f"{name} is in {folder}", soft_wrap=True)
 
@@ -102,7 +105,7 @@ def check(
     root: Root = Path("data"),
 ) -> None:
     """Compare caches with their checksums, and their figures with the registered ones."""
-    from trajshift.data.caches import check_cache
+    from trajshift.data.caches import check_cache, figures_that_differ
     from trajshift.data.registry import find, registered
     from trajshift.tables import console
 
@@ -121,7 +124,11 @@ def check(
         images = ", ".join(f"{shape[0]:,} {split}" for split, shape in manifest["images"].items())
         pixels = "x".join(map(str, manifest["images"]["train"][1:]))
         console().print(f"{name}: whole; {images} images of {pixels}, {len(manifest['class_names'])} classes")
+        differing = figures_that_differ(manifest, find(name))
+        for sentence in differing:
+            console().print(f"  warning: {sentence}", soft_wrap=True)
         for sentence in manifest["differs_from_registry"]:
-            console().print(f"  when it was made, {sentence}", soft_wrap=True)
+            if sentence not in differing:
+                console().print(f"  when it was made, {sentence}", soft_wrap=True)
     if damaged:
-        raise UsageError(f"{len(damaged)} of {len(wholes)} caches are damaged or missing: {', '.join(damaged)}")
+        raise UsageError(f"{len(damaged)} of {len(wholes)} caches are damaged, missing or wrong: {', '.join(damaged)}")

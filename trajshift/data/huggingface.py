@@ -7,7 +7,8 @@ image is decoded whenever it is fetched, best by the workers of a `Stream`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from glob import glob
@@ -93,13 +94,27 @@ def open_images(
 
     def images(name: str, channels: int | None) -> DecodedImages:
         what, split = f"{path_or_id}, split {name!r}", _split(path_or_id, splits, name)
-        labels = _numbers(what, split, label, number, len(class_names))
+        labels = _numbers(what, split, label, number, class_names)
         return DecodedImages(what, split, image, labels, size, channels)
 
     opened = {"train": images(train, channels)}
     if test is not None:
         opened["test"] = images(test, opened["train"].shape[0])
     return OpenedImages(opened, class_names)
+
+
+@contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """If `quiet`, `datasets` shows no progress bars."""
+    datasets = _datasets()
+    shown = not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            datasets.enable_progress_bars()
 
 
 def image_data(opened: OpenedImages, memory_bytes: int = MEMORY_BYTES) -> ImageData:
@@ -125,7 +140,11 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         self.what, self.targets = what, targets
         self.numbers = torch.arange(len(targets))
         self._column, self._size, self._channels = column, size, channels
-        self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
+        self.fingerprint: str = split._fingerprint
+        try:
+            self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
+        except Exception as error:  # whatever Arrow says of numbers and the like
+            raise UsageError(f"{what}: column {column!r} holds no images; set image to one that does") from error
         self.shape = self._decode(0).shape
 
     def __len__(self) -> int:
@@ -154,15 +173,21 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         return found and found[1]
 
     def _decode(self, number: int) -> Tensor:
+        from PIL.Image import DecompressionBombError
+
         try:
             decoded = self._images[number][self._column]
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for bytes that are no image
+        # What Pillow raises for bytes that are no image, or far too large a one.
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
             reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
             raise UsageError(f"{self.what}: image {number} is broken ({reason}); mend or drop the row") from error
         if decoded is None:
             raise UsageError(f"{self.what}: image {number} is missing; drop the row")
-        return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
+        try:
+            return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
+        except UsageError as error:
+            raise UsageError(f"{self.what}: image {number}: {error}") from error
 
 
 def _source(images: DecodedImages, memory_bytes: int) -> Source:
@@ -197,7 +222,7 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
         elif any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             opened = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            opened = datasets.load_dataset(str(path.resolve()), subset)
+            opened = _open_folder(str(path.resolve()), subset)
         else:
             opened = datasets.load_dataset(name, subset, revision=revision)
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
@@ -206,6 +231,23 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
         remedy = "check the files" if files or path.exists() else "check id and connection, or give a local copy"
         raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
+
+
+def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
+    """The splits with the class names of their own parquet files: `datasets` gives all splits those of the first."""
+    from pyarrow.parquet import read_schema
+
+    datasets = _datasets()
+    builder = datasets.load_dataset_builder(folder, subset)
+    builder.download_and_prepare()
+    opened: Mapping[str, Any] = builder.as_dataset()
+    for split, images in opened.items():
+        first = str(builder.config.data_files[split][0])
+        if first.endswith(".parquet"):
+            own = datasets.Features.from_arrow_schema(read_schema(first))
+            labels = {name: kind for name, kind in own.items() if isinstance(kind, datasets.ClassLabel)}
+            images.info.features.update(labels)
+    return opened
 
 
 def _split(what: str | Path, splits: Mapping[str, Any], name: str) -> Any:
@@ -242,27 +284,47 @@ def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callab
     """Names of the classes, and the function from an entry of the column to its class number (-1: none)."""
     feature = split.features[label]
     if isinstance(feature, _datasets().ClassLabel):
-        return tuple(feature.names), int
-    entries = set(split.select_columns([label])[:][label])
-    if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-        return tuple(map(str, range(max(entries) + 1))), int
-    if None in entries or not all(isinstance(entry, (str, bool)) for entry in entries):
-        raise UsageError(f"{what}: column {label!r} holds no class names or numbers; set label to one that does")
-    places = {entry: number for number, entry in enumerate(sorted(entries))}
-    return tuple(map(str, places)), lambda entry: places.get(entry, -1)
+        names = tuple(feature.names)
+    else:
+        entries = set(_entries(what, split, label))
+        if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+            words = {name: number for number, name in enumerate(sorted(map(str, entries)))}
+            return tuple(words), lambda entry: words.get(str(entry), -1)
+        names = tuple(map(str, range(max(entries) + 1)))
+    places = {name: number for number, name in enumerate(names)}
+    return names, lambda entry: entry if isinstance(entry, int) else places.get(entry, -1)
 
 
-def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], outputs: int) -> Tensor:
+def _entries(what: str, split: Any, label: str) -> list[Any]:
+    """The column of class names or numbers; another kind of column is refused before it is read."""
     if label not in split.column_names:
         raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
-    entries = split.select_columns([label])[:][label]
+    feature, kinds = split.features[label], (_datasets().ClassLabel, _datasets().Value)
+    if not isinstance(feature, kinds) or not re.match("u?int|(large_)?string|bool", feature.dtype):
+        raise UsageError(f"{what}: column {label!r} holds no class names or numbers; set label to one that does")
+    entries: list[Any] = split.select_columns([label])[:][label]
     if None in entries:
         raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
+    return entries
+
+
+def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], classes: tuple[str, ...]) -> Tensor:
+    """The training class number of each example; a split may have fewer classes than training, or another order."""
+    entries = _entries(what, split, label)
+    own = tuple(getattr(split.features[label], "names", classes))
+    unknown = [name for name in own if name not in classes]
+    if unknown:
+        raise UsageError(
+            f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes; choose"
+            " another split or label column"
+        )
+    if own != classes:
+        entries = [own[entry] if 0 <= entry < len(own) else entry for entry in entries]
     numbers = torch.tensor([number(entry) for entry in entries])
-    wrong = torch.nonzero((numbers < 0) | (numbers >= outputs)).flatten().tolist()
+    wrong = torch.nonzero((numbers < 0) | (numbers >= len(classes))).flatten().tolist()
     if wrong:
         raise UsageError(
-            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {outputs} training classes;"
+            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {len(classes)} training classes;"
             " choose another split or label column"
         )
     return numbers

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 
+MAX_SIZE = 4096
+"""Pixels; a larger size is taken for a slip."""
+
 
 def image_tensor(image: Any) -> Tensor:
     """A Pillow image as uint8 `[C, H, W]`: one channel if it is grey, else red, green, blue (alpha is dropped).
@@ -32,10 +35,10 @@ def prepare_images(images: Tensor, *, size: int | None = None, channels: int | N
     is repeated, three become one with the weights of ITU-R BT.601.
 
     Raises:
-        UsageError: another change of the number of channels, or size < 1.
+        UsageError: another change of the number of channels, or a size outside 1 to `MAX_SIZE`.
     """
-    if size is not None and size < 1:
-        raise UsageError(f"images were asked for at size {size}; use at least 1 pixel")
+    if size is not None and not 1 <= size <= MAX_SIZE:
+        raise UsageError(f"images were asked for at size {size}; use 1 to {MAX_SIZE} pixels")
     if channels == 1 and images.shape[1] == 3:
         grey = torch.einsum("nchw,c->nhw", images.float(), torch.tensor([0.299, 0.587, 0.114]))
         images = grey.round().to(torch.uint8)[:, None]

@@ -5,13 +5,14 @@ Images are appended in order, so a file's length says how far it is, and prepara
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
@@ -24,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trajshift.data.caches import MANIFEST, SPLITS, checksum, members_only, read_manifest
-from trajshift.data.hashing import key
-from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images
-from trajshift.data.registry import DataSet, find
-from trajshift.data.sources import ArraySource, class_balanced_subset
+from trajshift.data.hashing import key, permutation
+from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images, silenced
+from trajshift.data.registry import DataSet, differences, find
+from trajshift.data.stream import workers_alive
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
 from trajshift.rundir import replace_file
@@ -37,7 +38,9 @@ LOCK = "lock"
 CHUNK_BYTES = 2**20
 """Pixels that a worker hands over at once."""
 SYNC_BYTES = 16 * 2**20
-"""Pixels between waits for the disk; so many may be made again after the machine itself went down."""
+"""Pixels between waits for the disk; so many, and a chunk, may not be there after the machine itself went down."""
+HEADER_BYTES = 128
+"""Length of an `.npy` file of no pixels."""
 OVERRIDES: Mapping[str, type] = {
     "hub": str, "revision": str, "subset": str, "train": str, "test": str, "image": str, "label": str, "size": int,
 }  # fmt: skip
@@ -72,6 +75,11 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
     """
     if copy is not None and not Path(copy).expanduser().exists():
         raise UsageError(f"{copy}: no such file or folder; give a local copy of {entry.hub}")
+    if copy is None and Path(entry.hub).expanduser().exists():
+        raise UsageError(
+            f"{entry.hub} is a folder here, which would be taken for the repository on the hub; give it by --from (in a"
+            " recipe by options.from), or work in another folder"
+        )
     opened = open_images(
         entry.hub if copy is None else Path(copy), train=entry.train, test=entry.test, image=entry.image,
         label=entry.label, size=entry.size, channels=entry.channels, subset=entry.subset,
@@ -91,24 +99,27 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
         names = tuple(names[number] for number in entry.members)
     if entry.per_class is not None:
         counts = dict(zip(SPLITS, entry.per_class, strict=True))
-        splits = {name: _few(images, counts[name] * len(names), entry.name, name) for name, images in splits.items()}
+        splits = {name: _few(images, counts[name], entry.name, name) for name, images in splits.items()}
     return OpenedImages(splits, names), differing
 
 
 def _differences(entry: DataSet, opened: OpenedImages) -> list[str]:
     """Where the figures of an entry are not what was found."""
-    triples = (
-        ("classes", entry.classes, len(opened.class_names)),
-        (f"images in split {entry.train!r}", entry.train_images, len(opened.splits["train"])),
-        (f"images in split {entry.test!r}", entry.test_images, len(opened.splits["test"])),
-    )
-    return [f"{found} {what} were found, {said} are registered" for what, said, found in triples if found != said]
+    splits, classes = opened.splits, len(opened.class_names)
+    differing = differences(entry, classes, len(splits["train"]), len(splits["test"]))
+    for each, (split, images) in zip(entry.per_class or (), splits.items(), strict=False):
+        short = int((torch.bincount(images.targets, minlength=classes) < each).sum())
+        if short:
+            differing.append(f"{short} classes of fewer than {each} images for {split} were found, 0 are registered")
+    return differing
 
 
-def _few(images: DecodedImages, count: int, name: str, split: str) -> DecodedImages:
-    """A class-balanced subset, the same whenever it is drawn, in the order of the repository."""
-    draw = key(name, "per_class", split)
-    places = class_balanced_subset(ArraySource((images.targets, images.targets)), count, draw).sort().values
+def _few(images: DecodedImages, each: int, name: str, split: str) -> DecodedImages:
+    """Up to `each` random images of every class, the same whenever they are drawn, in the order of the repository."""
+    order = permutation(key(name, "per_class", split), len(images))
+    order = order[images.targets[order].argsort(stable=True)]
+    classes = order.split(torch.bincount(images.targets).tolist())
+    places = torch.cat([own[:each] for own in classes]).sort().values
     return images.select(places, images.targets[places])
 
 
@@ -124,7 +135,7 @@ def prepare_cache(
     """Writes the cache of a registered data set, or goes on with it; returns its folder.
 
     Of a set that has some classes of another the whole one is prepared, once for all of them. A folder that is
-    there already is left as it is. What is half done is kept in `ROOT/NAME.part`.
+    there already is left as it is. What is half done is kept in `ROOT/NAME.part`, and goes on from the same data alone.
 
     Args:
         name: of the registry.
@@ -135,34 +146,30 @@ def prepare_cache(
         quiet: no progress and no warnings.
 
     Raises:
-        UsageError: whatever is wrong with the data, or another cache of that name.
+        UsageError: whatever is wrong with the data, or another cache of that name, finished or half done.
     """
     entry = find(name)
     entry = overridden(find(entry.whole or name), overrides or {})
     folder = Path(root) / entry.name
-    if folder.exists():
-        _same_as_asked(read_manifest(folder, entry), entry, folder)
-        return folder
-    opened, differing = open_entry(entry, copy)
-    for sentence in () if quiet else differing:
-        print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
-    with _part(folder) as part:
+    if not folder.exists():
+        with silenced(quiet):
+            opened, differing = open_entry(entry, copy)
+        for sentence in () if quiet else differing:
+            print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
         manifest = _describe(entry, opened, differing, copied=copy is not None)
-        _begin(part, manifest, opened)
-        for split, images in opened.splits.items():
-            _write(part / f"{split}-images.npy", images, jobs, f"{entry.name} {split}", quiet)
-        files = sorted(part.glob("*.npy"))
-        manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
-        replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        for scaffold in (PLAN, LOCK):
-            (part / scaffold).unlink()
-        part.rename(folder)
+        with _part(folder) as part:
+            if not folder.exists():  # else another process has finished meanwhile
+                _begin(part, manifest, opened, entry.hub if copy is None else str(Path(copy).expanduser().resolve()))
+                for split, images in opened.splits.items():
+                    _write(part / f"{split}-images.npy", images, jobs, f"{entry.name} {split}", quiet)
+                _finish(part, manifest, folder)
+    _same_as_asked(read_manifest(folder, entry), entry, folder)
     return folder
 
 
 def _same_as_asked(manifest: Mapping[str, Any], entry: DataSet, folder: Path) -> None:
     for field in OVERRIDES:
-        asked, there = getattr(entry, field), manifest["entry"][field]
+        asked, there = getattr(entry, field), manifest["entry"].get(field)
         if asked != there:
             raise UsageError(
                 f"{folder} was made with {field} {there!r}, not {asked!r}; remove it, or name another --root"
@@ -178,9 +185,16 @@ def _part(folder: Path) -> Iterator[Path]:
         try:
             # Unlike flock's, this lock is not passed on to workers, who may outlive a parent that was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UsageError(
+                    f"{part} cannot be locked ({error.strerror}); name a --root on another disk"
+                ) from error
             raise UsageError(f"{part} is being written by another process; wait for it") from None
         yield part
+        with suppress(OSError):  # empty where another process has finished first
+            (part / LOCK).unlink()
+            part.rmdir()
 
 
 def _describe(entry: DataSet, opened: OpenedImages, differing: list[str], *, copied: bool) -> dict[str, Any]:
@@ -196,28 +210,65 @@ def _describe(entry: DataSet, opened: OpenedImages, differing: list[str], *, cop
     }
 
 
-def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages) -> None:
-    """Keeps what is there if it is of the same images, else starts anew; writes the labels."""
+def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source: str) -> None:
+    """Keeps what is there if it is of the same images, or starts; writes the labels.
+
+    Raises:
+        UsageError: images of another source, or prepared in another way, are there.
+    """
     labels = {split: images.targets.numpy() for split, images in opened.splits.items()}
-    plan = {**manifest, "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()}}
+    plan = {
+        **manifest,
+        "source": source,
+        "fingerprints": {split: images.fingerprint for split, images in opened.splits.items()},
+        "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()},
+    }
     try:
-        same = json.loads((part / PLAN).read_text(encoding="utf-8")) == plan
-    except (OSError, json.JSONDecodeError):
-        same = False
-    if not same:
+        there = json.loads((part / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = None
+    if there != plan:
+        if there and any(file.stat().st_size > HEADER_BYTES for file in part.glob("*-images.npy")):
+            raise UsageError(
+                f"{part} holds unfinished work: {_what_differs(there, plan)}; go back to what it was begun"
+                f" with, or remove {part} to start anew"
+            )
         for file in part.glob("*.npy"):
             file.unlink()
         replace_file(part / PLAN, json.dumps(plan))
     for split, numbers in labels.items():
-        np.save(part / f"{split}-labels.npy", numbers)
+        data = BytesIO()
+        np.save(data, numbers)  # to a file itself it writes without saying why it could not
+        with (part / f"{split}-labels.npy").open("wb") as labels_file:
+            labels_file.write(data.getbuffer())
+            labels_file.flush()
+            os.fsync(labels_file.fileno())
+
+
+def _what_differs(there: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Of the plan that is there and the one that is asked for."""
+    begun = {**there.get("entry", {}), "source": there.get("source")}
+    for field, asked in {**plan["entry"], "source": plan["source"]}.items():
+        if begun.get(field) != asked:
+            return f"its {field} is {begun.get(field)!r}, not {asked!r}"
+    return f"{plan['source']} has changed since"
+
+
+def _finish(part: Path, manifest: dict[str, Any], folder: Path) -> None:
+    """Writes the manifest and makes the cache of the half-done work."""
+    files = sorted(part.glob("*.npy"))
+    manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    part.rename(folder)  # before the plan goes: who dies in between has lost nothing
+    for scaffold in (PLAN, LOCK):
+        (folder / scaffold).unlink()
 
 
 class _Chunks(Dataset[Any]):
-    """The images from number `first` on, uint8 `[n, C, H, W]` at a time, or what is wrong with one."""
+    """The images from number `first` on, uint8 `[step, C, H, W]` at a time, or what is wrong with one."""
 
-    def __init__(self, images: DecodedImages, first: int) -> None:
-        self._images, self._first = images, first
-        self._step = max(1, CHUNK_BYTES // images.shape.numel())
+    def __init__(self, images: DecodedImages, first: int, step: int) -> None:
+        self._images, self._first, self._step = images, first, step
 
     def __len__(self) -> int:
         return -(-(len(self._images) - self._first) // self._step)
@@ -241,13 +292,14 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
     shape = (len(images), *images.shape)
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     offset, each = header.tell(), images.shape.numel()
+    step = max(1, CHUNK_BYTES // each)
     with path.open("ab") as file:
-        done = max(0, (file.tell() - offset - SYNC_BYTES) // each)
+        done = max(0, (file.tell() - offset - SYNC_BYTES) // each - step)
         file.truncate(offset + done * each if done else 0)
         if not done:
             file.write(header.getvalue())
         loader = DataLoader(
-            _Chunks(images, done),
+            _Chunks(images, done, step),
             batch_size=None,
             num_workers=jobs if jobs > 1 else 0,
             # A forked worker ends when its parent was killed; one of a fork server would stay for ever.
@@ -256,7 +308,12 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             generator=torch.Generator(),
         )
         chunks = iter(loader)  # before Progress starts a thread
-        with Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress:
+        advice = "lower --jobs, or find more memory, and repeat the command, which goes on"
+        with (
+            workers_alive(advice),
+            workers_alive(advice),
+            Progress(title, len(images), start=done, enabled=not quiet, unit="image") as progress,
+        ):
             synced = done
             for chunk in chunks:
                 if isinstance(chunk, UsageError):

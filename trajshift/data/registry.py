@@ -295,3 +295,13 @@ def find(name: str) -> DataSet:
     if name not in registered():
         raise UsageError(f"unknown data set {name!r}{nearest(name, registered())}")
     return registered()[name]
+
+
+def differences(entry: DataSet, classes: int, train: int, test: int) -> list[str]:
+    """Where the figures of an entry are not what was found, a sentence each."""
+    triples = (
+        ("classes", entry.classes, classes),
+        (f"images in split {entry.train!r}", entry.train_images, train),
+        (f"images in split {entry.test!r}", entry.test_images, test),
+    )
+    return [f"{found} {what} were found, {said} are registered" for what, said, found in triples if found != said]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from ctypes import c_bool
 from functools import partial
 from itertools import count
@@ -131,7 +133,8 @@ class Stream:
             sent.clear()
             self._fetched = iter(self._loader)  # the same workers; what they have in hand is dropped
         sent.popleft()
-        batch = next(self._fetched)
+        with workers_alive("lower workers, or find more memory"):
+            batch = next(self._fetched)
         if isinstance(batch, UsageError):
             raise batch
         return batch
@@ -142,6 +145,29 @@ class Stream:
             cycle, lane = divmod(place, len(lanes))
             name, split = lanes[lane]
             yield Request(name, split, request.step + cycle, self._sizes[name])
+
+
+@contextmanager
+def workers_alive(advice: str) -> Iterator[None]:
+    """Around whatever runs while a loader has workers, one of which may be killed.
+
+    That breaks the pipe through which a batch comes, and torch tells of it in a signal handler, hence anywhere, even
+    while the first is handled: where both can happen, use two.
+
+    Raises:
+        UsageError: a worker was killed; ends with `advice`.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not isinstance(error, RuntimeError):
+            with suppress(RuntimeError):
+                time.sleep(1)  # for the handler, which would else interrupt who cleans up
+        elif not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise UsageError(
+            f"a process that loads images was killed, most likely because memory ran out; {advice}"
+        ) from error
 
 
 def _unchanged(batch: Batch) -> Batch:
