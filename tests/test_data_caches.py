@@ -138,15 +138,15 @@ def without(field: str) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        *[(without(field), f"{field}: Field required") for field in ("class_names", "images", "entry", "files")],
-        (without("differs_from_registry"), "differs_from_registry: Field required"),
-        (lambda manifest: {**manifest, "images": {"train": [20, 3, 8, 8]}}, "names .*, train"),
+        *[(without(field), f"has no valid {field}") for field in ("class_names", "images", "entry", "files")],
+        (without("differs_from_registry"), "has no valid differs_from_registry"),
+        (lambda manifest: {**manifest, "images": {"train": [20, 3, 8, 8]}}, "has no valid images"),
         (
             lambda manifest: {**manifest, "files": {**manifest["files"], "x": {"bytes": 1, "sha256": ""}}},
-            "names .*, x,",
+            "has no valid files",
         ),
-        (lambda manifest: {**manifest, "files": {"test-labels.npy": {"bytes": 9}}}, "sha256: Field required"),
-        (lambda manifest: b"\xff\x00\xfe", "Invalid JSON"),
+        (lambda manifest: {**manifest, "files": {"test-labels.npy": {"bytes": 9}}}, "has no valid files"),
+        (lambda manifest: b"\xff\x00\xfe", "decode"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(
@@ -158,7 +158,7 @@ def test_a_manifest_that_is_none_is_refused(
     for use in (open_cache, check_cache):
         with pytest.raises(UsageError) as raised:
             use(cache.parent, "cifar10")
-        assert re.search(rf"no whole cache \(manifest.json.*{sentence}", str(raised.value))
+        assert re.search(rf"no whole cache \(.*{sentence}", str(raised.value))
 
 
 @pytest.mark.parametrize(

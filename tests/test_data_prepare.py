@@ -13,7 +13,7 @@ import hub
 import numpy as np
 import pytest
 import torch
-from hub import contents, same, small
+from hub import contents, same, small, watch
 
 from trajshift.data import caches, prepare
 from trajshift.data.caches import MANIFEST, check_cache, open_cache
@@ -179,16 +179,26 @@ def test_a_missing_column_or_split_is_named(tmp_path: Path) -> None:
         open_entry(replace(entry, whole="cifar100", members=(3, 100)), copy)
 
 
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
+def test_a_broken_image_is_named_and_what_was_decoded_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels, copy = small("cifar10", tmp_path)
+    undisturbed = contents(prepare_cache("cifar10", tmp_path / "whole", copy=copy, quiet=True))
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 2 * 3072)
+    monkeypatch.setattr(prepare, "SYNC_BYTES", 0)
     table = hub.table(images, labels, find("cifar10"), 10).cast_column("img", datasets.Image(decode=False))
     whole = table[:]
     whole["img"][17] = {"bytes": whole["img"][17]["bytes"][:40], "path": None}
     broken = datasets.Dataset.from_dict(whole, features=table.features).cast_column("img", datasets.Image())
-    broken.to_parquet(str(copy / "data" / "train-00000-of-00001.parquet"))
+    file = copy / "data" / "train-00000-of-00001.parquet"
+    good = file.read_bytes()
+    broken.to_parquet(str(file))
     with pytest.raises(UsageError, match=r"split 'train': image 17 is broken \(.*\); mend or drop the row"):
         prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)
     assert not (tmp_path / "cifar10").exists()
+    file.write_bytes(good)
+    decoded = watch(monkeypatch)
+    prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)
+    assert decoded == [*range(14, 23), *range(5)]
+    assert contents(tmp_path / "cifar10") == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -231,7 +241,8 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_cache(tmp_path, "cifar10")
     (folder / MANIFEST).write_text("[]")
     with pytest.raises(
-        UsageError, match=r"no whole cache \(manifest.json: .*; remove .*/cifar10 and make it again with: traj"
+        UsageError,
+        match=r"no whole cache \(manifest.json is no mapping.*; remove .* and make it again with: traj",
     ):
         open_cache(tmp_path, "cifar10")
     with pytest.raises(UsageError, match=r"no cache of 'svhn' in .*; make it with: trajshift data prepare svhn --root"):

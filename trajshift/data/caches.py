@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -124,22 +124,11 @@ def figures_that_differ(manifest: Mapping[str, Any], entry: DataSet) -> list[str
     return differences(entry, len(manifest["class_names"]), train, test)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Manifest:
-    """What a manifest must hold."""
-
-    entry: dict[str, str | int | None]
-    from_local_copy: bool
-    differs_from_registry: list[str]
-    class_names: list[str]
-    images: dict[str, tuple[int, int, int, int]]
-    files: dict[str, _File]
+_FIELDS = {
+    "entry": dict, "from_local_copy": bool, "differs_from_registry": list, "class_names": list, "images": dict,
+    "files": dict,
+}  # fmt: skip
+"""What a manifest must hold."""
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -148,17 +137,19 @@ def _parsed(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is none; says why.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        manifest = TypeAdapter(_Manifest).validate_json(text, strict=True)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise ValueError(f"{MANIFEST}: {' '.join(map(str, fault['loc']))}: {fault['msg']}") from error
-    if set(manifest.files) != set(FILES) or set(manifest.images) != set(SPLITS):
-        raise ValueError(f"{MANIFEST} names {', '.join([*manifest.files, *manifest.images])}")
-    parsed: dict[str, Any] = json.loads(text)
-    return parsed
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} is no mapping")
+    wrong = [field for field, kind in _FIELDS.items() if not isinstance(manifest.get(field), kind)]
+    if not wrong:
+        images, files = manifest["images"], manifest["files"]
+        shapes = [shape for shape in images.values() if isinstance(shape, list) and [*map(type, shape)] == [int] * 4]
+        whole = [about for about in files.values() if isinstance(about, dict) and {*about} >= {"bytes", "sha256"}]
+        wrong += ["images"] if {*images} != {*SPLITS} or len(shapes) < len(SPLITS) else []
+        wrong += ["files"] if {*files} != {*FILES} or len(whole) < len(FILES) else []
+    if wrong:
+        raise ValueError(f"{MANIFEST} has no valid {wrong[0]}")
+    return manifest
 
 
 def _overrides(manifest: Mapping[str, Any], entry: DataSet) -> list[str]:

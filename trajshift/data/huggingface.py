@@ -140,7 +140,6 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         self.what, self.targets = what, targets
         self.numbers = torch.arange(len(targets))
         self._column, self._size, self._channels = column, size, channels
-        self.fingerprint: str = split._fingerprint
         try:
             self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
         except Exception as error:  # whatever Arrow says of numbers and the like

@@ -220,7 +220,6 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
     plan = {
         **manifest,
         "source": source,
-        "fingerprints": {split: images.fingerprint for split, images in opened.splits.items()},
         "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()},
     }
     try:
