@@ -273,6 +273,17 @@ def test_a_page_may_show_some_sizes_alone(runs: list[Path], tmp_path: Path) -> N
     assert not (tmp_path / "report-figures" / "few_data.csv").exists()
 
 
+def test_methods_that_the_first_table_lacks_are_named(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path, "reptile", 0, sizes=(None,)), make_run(tmp_path, "no-shifting", 0, sizes=(20,))]
+    (paths[1] / "evaluation.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n" for row in read_jsonl(paths[1] / "evaluation.jsonl") if row["train_images"] == 20
+        )
+    )
+    assert "not in the first table: no-shifting." in read(write_report(paths))[1]
+    assert "not in the first table" not in read(write_report(paths[:1]))[1]
+
+
 def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
     paths = []
     for horizon, gain in ((50, 0.0), (100, 0.1)):

@@ -34,7 +34,8 @@ _TESTS = (
 def comparison(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: Path) -> Summary | None:
     """The comparison at the end of meta-training; returns the first table's summary."""
     page.heading("Fine-tuning on the targets")
-    if not any(row["checkpoint"] in (FINAL, *UNTRAINED) for row in rows):
+    ends = [row for row in rows if row["checkpoint"] in (FINAL, *UNTRAINED)]
+    if not ends:
         page.paragraph("These runs have not been evaluated yet: trajshift evaluate RUN... fine-tunes their targets.")
         return None
     found = summary_tables(rows)
@@ -57,6 +58,10 @@ def comparison(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: P
             write_markdown(folder / f"tests{suffix}.md", summary.test_header(), summary.test_cells(), about)
         for note in summary.notes:
             page.paragraph(_capital(note) + ".", "note")
+    elsewhere = dict.fromkeys(row["label"] for row in ends).keys() - {line.label for line in found[0].lines}
+    if elsewhere:
+        names = ", ".join(sorted(elsewhere))
+        page.paragraph(f"Fine-tuned with other sizes or steps, and so not in the first table: {names}.", "note")
     return found[0]
 
 
