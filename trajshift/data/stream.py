@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ctypes import c_bool
 from functools import partial
 from itertools import count
@@ -151,23 +151,20 @@ class Stream:
 def workers_alive(advice: str) -> Iterator[None]:
     """Around whatever runs while a loader has workers, one of which may be killed.
 
-    That breaks the pipe through which a batch comes, and torch tells of it in a signal handler, hence anywhere, even
-    while the first is handled: where both can happen, use two.
-
     Raises:
         UsageError: a worker was killed; ends with `advice`.
     """
     try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not isinstance(error, RuntimeError):
-            with suppress(RuntimeError):
-                time.sleep(1)  # for the handler, which would else interrupt who cleans up
-        elif not str(error).startswith("DataLoader worker (pid"):
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            time.sleep(1)  # the pipe broke first; torch tells which worker it was in a signal handler, hence here
             raise
-        raise UsageError(
-            f"a process that loads images was killed, most likely because memory ran out; {advice}"
-        ) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        text = "a process that loads images was killed, most likely because memory ran out"
+        raise UsageError(f"{text}; {advice}") from error
 
 
 def _unchanged(batch: Batch) -> Batch:
