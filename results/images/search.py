@@ -41,6 +41,8 @@ class Study:
     steps: int = 2000
     inner_lr: float = 0.02
     meta_lr: float | None = None
+    strength: float | None = None
+    """iMAML's lambda; the others have none."""
     order: tuple[str, ...] = ()
     """The rates searched, one after the other; none where they are those of an earlier study."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -97,7 +99,7 @@ STUDIES = (
     Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST, seeds=(0, 1, 2, 3, 4)),
     Study(name="fomaml++", method="fomaml++", meta_lr=0.1, order=META_FIRST),
     Study(name="fomaml", method="fomaml", meta_lr=1.0, order=META_FIRST),
-    Study(name="imaml", method="imaml", meta_lr=1.0, order=META_FIRST),
+    Study(name="imaml", method="imaml", meta_lr=1.0, strength=0.1, order=("strength", *META_FIRST)),
     Study(name="anil", method="anil", meta_lr=1.0, order=META_FIRST),
     Study(name="reptile-horizon-1000", method="reptile", horizon=1000, meta_lr=2.0, order=("meta_lr",)),
     Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
@@ -135,6 +137,7 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
             f"method={study.method}",
             f"inner.lr={rates['inner_lr']}",
             f"meta_lr={'null' if rates['meta_lr'] is None else rates['meta_lr']}",
+            *([f"metagrad_options.strength={rates['strength']}"] if "strength" in rates else []),
             f"horizon={study.horizon}",
             f"rounds={study.steps // study.horizon}",
             f"seed={seed}",
@@ -222,6 +225,8 @@ def work(study: Study) -> None:
 def finish(study: Study) -> None:
     """Searches the study's rates, then takes its seeds to the targets."""
     rates: Rates = {"inner_lr": study.inner_lr, "meta_lr": study.meta_lr}
+    if study.strength is not None:
+        rates["strength"] = study.strength
     if study.candidate:
         score(study, rates)
     for name in study.order:

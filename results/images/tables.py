@@ -146,21 +146,23 @@ def compared(reference: str, starts: list[str]) -> None:
 
 def tuned() -> None:
     """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes; the best is bold."""
-    found: dict[tuple[str, int, float, float, float], list[float]] = defaultdict(list)
+    found: dict[tuple[str, int, float, float, float, float], list[float]] = defaultdict(list)
     for row in read_jsonl(HERE / "tuning.jsonl"):
-        place = (row["method"], row["horizon"], row["inner_lr"], row["meta_lr"] or 0.0, row["finetune_lr"])
+        chosen = (row["inner_lr"], row["meta_lr"] or 0.0, row.get("strength", 0.0), row["finetune_lr"])
+        place = (row["method"], row["horizon"], *chosen)
         found[place].append(100 * row["accuracy"])
-    done = {place[:4] for place in found if all(len(found.get((*place[:4], rate), ())) == 3 for rate in (0.1, 0.03))}
-    scores = {place: fmean(values) for place, values in found.items() if place[:4] in done}
+    done = {place[:5] for place in found if all(len(found.get((*place[:5], rate), ())) == 3 for rate in (0.1, 0.03))}
+    scores = {place: fmean(values) for place, values in found.items() if place[:5] in done}
     best = {max(group, key=scores.__getitem__) for _, group in groupby(sorted(scores), key=itemgetter(0, 1))}
     print("| method | K | inner rate | meta_lr | fine-tuning rate 0.1 | 0.03 |\n|---|---|---|---|---|---|")
-    for method, horizon, inner_lr, meta_lr in sorted({place[:4] for place in scores}):
+    for method, horizon, inner_lr, meta_lr, strength in sorted({place[:5] for place in scores}):
         cells = []
         for rate in (0.1, 0.03):
-            place = (method, horizon, inner_lr, meta_lr, rate)
+            place = (method, horizon, inner_lr, meta_lr, strength, rate)
             cells.append(f"**{scores[place]:.2f}**" if place in best else f"{scores[place]:.2f}")
+        name = f"{method}, lambda {strength:g}" if strength else method
         rates = f"{inner_lr:g} | {f'{meta_lr:g}' if meta_lr else '-'}"
-        print(f"| {method} | {horizon} | {rates} | {' | '.join(cells)} |")
+        print(f"| {name} | {horizon} | {rates} | {' | '.join(cells)} |")
 
 
 def soon() -> None:
