@@ -177,8 +177,22 @@ def test_labels_of_a_test_split_mean_the_training_classes(kind: str, tmp_path: P
     same(data.train, pictures(3), [0, 1, 2])
     same(data.test, pictures(3, seed=1), [1, 2, 1])
     same(load(["eel", "dog", "cat"], [0, 1, 2]).test, pictures(3, seed=1), [2, 1, 0])
+    same(load(["dog", "fox", "eel"], [0, 2, 0]).test, pictures(3, seed=1), [1, 2, 1])  # a name without an image
     with pytest.raises(UsageError, match="split 'test': class 'fox' of column 'label' is none of the 3 training"):
         load(["cat", "fox"], [0, 1, 0])
+
+
+def test_names_in_training_match_numbered_names_in_the_test(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    parts = {
+        "train": made(pictures(2), ["dog", "cat"], datasets.Value("string")),
+        "test": made(pictures(2, seed=1), [0, 1], label),
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    data = load_hf(tmp_path / "saved")
+    assert data.class_names == ("cat", "dog")
+    same(data.train, pictures(2), [1, 0])
+    same(data.test, pictures(2, seed=1), [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_wrong_figures_of_a_verified_entry_are_an_error(tmp_path: Path, monkeypa
     prepare_cache("svhn", tmp_path / "kept", copy=copy, quiet=True)
     monkeypatch.setattr(caches, "find", lambda name: entry)
     open_cache(tmp_path / "kept", "svhn")
-    monkeypatch.setattr(caches, "find", lambda name: replace(entry, train_images=22))
+    monkeypatch.setattr(caches, "find", lambda name: replace(entry, train_images=22, revision="pinned since"))
     uses: list[Callable[[Path, str], Any]] = [open_cache, check_cache, lambda root, name: prepare_cache(name, root)]
     for use in uses:
         with pytest.raises(UsageError, match=r"23 images in split 'train' were found, 22 are registered.*2026-01-31"):

@@ -237,6 +237,12 @@ def test_a_killed_worker_is_one_sentence() -> None:
     stream.close()
 
 
+@pytest.mark.parametrize(("error", "fetching"), [(EOFError("cut off"), False), (EOFError("Caught EOFError in"), True)])
+def test_what_a_data_set_raises_is_no_killed_worker(error: EOFError, fetching: bool) -> None:
+    with pytest.raises(EOFError, match=r"cut off|Caught"), workers_alive("buy more", fetching=fetching):
+        raise error
+
+
 def kill_and_wait(worker: int) -> None:
     os.kill(worker, signal.SIGKILL)
     time.sleep(60)  # torch interrupts it

@@ -156,6 +156,8 @@ def test_rates_of_sweeps_replace_the_published_ones(tmp_path: Path) -> None:
         ({"": {"meta_lr": "1"}}, {}, "no choice for each method"),
         ({"reptile": 3}, {}, "no readable"),
         ([1], {}, "no readable"),
+        ({"reptile": {"meta_lr": "1"}}, {"edges": []}, "no readable"),
+        ({"reptile": {"meta_lr": "1"}}, {"edges": {"reptile": 3}}, "no readable"),
         ({"reptile": {"meta_lr": "1"}}, {"recipe": "digits"}, "sweep of recipe 'digits'"),
         ({"reptile": {"meta_lr": "1"}}, {"horizon": 200}, "at horizon 200"),
         ({"reptile": {"meta_lr": "1", "horizon": "20"}}, {}, "at horizon 20"),
@@ -166,6 +168,29 @@ def test_a_sweep_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=word):
         read_tuned([swept(tmp_path / "sweep.json", choice, **parts)], "images-meta-train", 1000)
+
+
+def test_images_horizon_takes_a_sweep_at_the_horizon_of_its_scale(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Job] = []
+
+    def stop(jobs: Sequence[Job], **options: Any) -> dict[Path, str]:
+        made.extend(jobs)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr("trajshift.experiments.runs.run_jobs", stop)
+    run = partial(run_published, "images-horizon", scale="check", seeds=1, out=tmp_path / "out")
+    choice = {"reptile": {"meta_lr": "3"}}
+    with pytest.raises(UsageError, match="stopped"):
+        run(tuned=[swept(tmp_path / "two", choice, horizon=2)])
+    assert {job.recipe.horizon: job.recipe.meta_lr for job in made if job.recipe.method == "reptile"} == {
+        1: 1,
+        2: 3,
+        4: 1,
+    }
+    with pytest.raises(UsageError, match="at horizon 1, and this scale has 2"):
+        run(tuned=[swept(tmp_path / "one", choice, horizon=1)])
 
 
 def test_two_sweeps_of_one_method_are_refused(tmp_path: Path) -> None:

@@ -258,7 +258,9 @@ def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
     whole, half, bare = (make_run(tmp_path, "reptile", seed) for seed in range(3))
     rows = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
     (half / "metrics.jsonl").write_text("".join(rows[:20]))
+    (half / "evaluation.jsonl").unlink()
     (bare / "evaluation.jsonl").unlink()
+    (whole / "metrics.jsonl").unlink()  # only the recipe must be there
     _, text = read(write_report([whole, half, bare], notes=["A word of the caller."]))
     assert "reptile-1 is not finished: 200 of 400 inner steps" in text
     assert "reptile-2 is not in the tables" in text
@@ -295,7 +297,7 @@ def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
             (path / "evaluation.jsonl").unlink()
             for row in saved:
                 append_row(path / "evaluation.jsonl", row | {"accuracy": row["accuracy"] + gain})
-            paths.append(path.rename(path.with_name(f"{path.name}-{horizon}")))
+            paths.append(path)
     folder = write_report(paths, tmp_path).parent / "report-figures"
     average = [row for row in numbers(folder / "horizon.csv") if row["target"] == "average of targets"]
     assert [(row["method"], row["horizon"], row["seeds"]) for row in average] == [

@@ -75,7 +75,7 @@ def write_report(
         page.paragraph(note, "note")
     if final:
         results.against_steps(page, rows, final, styles, folder)
-        results.against_horizon(page, rows, final, {run.path.name: run.recipe.horizon for run in runs}, folder)
+        results.against_horizon(page, rows, final, {run.label: run.recipe.horizon for run in runs}, folder)
         results.few_data(page, rows, final, styles, folder)
     _training(page, runs, styles, folder)
     _cost(page, runs)
@@ -88,14 +88,16 @@ def write_report(
 
 
 def _unfinished(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-    """A sentence for each run that does not count, or not whole: figures show it as far as it is."""
-    evaluated = {row["run"] for row in rows if row["checkpoint"] == FINAL}
+    """A sentence for each run that does not count; figures show it as far as it is."""
+    evaluated = {(row["label"], row["seed"]) for row in rows if row["checkpoint"] == FINAL}
     found = []
     for run in runs:
         done, total = run.last.get("step", 0), run.recipe.total_steps
+        if (run.label, run.recipe.seed) in evaluated:
+            continue
         if done < total:
             found.append(f"{run.path.name} is not finished: {done:,} of {total:,} inner steps; its figures end there.")
-        elif evaluated and run.path.name not in evaluated:
+        elif evaluated:
             found.append(f"{run.path.name} is not in the tables: trajshift evaluate fine-tunes its targets.")
     return found
 

@@ -138,7 +138,7 @@ def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> Non
 def against_horizon(page: Page, rows: Sequence[Row], final: Summary, horizons: Mapping[str, int], folder: Path) -> None:
     """The result against the horizon K; nothing where no method has several, or one of them with two recipes."""
     ends = [
-        row | {"horizon": horizons[row["run"]], "label": row["method"]}
+        row | {"horizon": horizons[row["label"]], "label": row["method"]}
         for row in rows
         if row["checkpoint"] == FINAL and row.get("train_images") == final.train_images and row["steps"] in final.steps
     ]

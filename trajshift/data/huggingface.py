@@ -310,15 +310,15 @@ def _entries(what: str, split: Any, label: str) -> list[Any]:
 def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], classes: tuple[str, ...]) -> Tensor:
     """The training class number of each example; a split may have fewer classes than training, or another order."""
     entries = _entries(what, split, label)
-    own = tuple(getattr(split.features[label], "names", classes))
-    unknown = [name for name in own if name not in classes]
-    if unknown:
-        raise UsageError(
-            f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes; choose"
-            " another split or label column"
-        )
-    if own != classes:
+    own = getattr(split.features[label], "names", None)
+    if own is not None:
         entries = [own[entry] if 0 <= entry < len(own) else entry for entry in entries]
+        unknown = [entry for entry in entries if isinstance(entry, str) and entry not in classes]
+        if unknown:
+            raise UsageError(
+                f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes;"
+                " choose another split or label column"
+            )
     numbers = torch.tensor([number(entry) for entry in entries])
     wrong = torch.nonzero((numbers < 0) | (numbers >= len(classes))).flatten().tolist()
     if wrong:

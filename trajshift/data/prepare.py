@@ -309,7 +309,7 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
         chunks = iter(loader)  # before Progress starts a thread
         advice = "lower --jobs, or find more memory, and repeat the command, which goes on"
         bar = Progress(title, len(images), start=done, enabled=not quiet, unit="image")
-        with workers_alive(advice), bar as progress:
+        with workers_alive(advice, fetching=True), bar as progress:
             synced = done
             for chunk in chunks:
                 if isinstance(chunk, UsageError):

@@ -133,7 +133,7 @@ class Stream:
             sent.clear()
             self._fetched = iter(self._loader)  # the same workers; what they have in hand is dropped
         sent.popleft()
-        with workers_alive("lower workers, or find more memory"):
+        with workers_alive("lower workers, or find more memory", fetching=True):
             batch = next(self._fetched)
         if isinstance(batch, UsageError):
             raise batch
@@ -148,8 +148,8 @@ class Stream:
 
 
 @contextmanager
-def workers_alive(advice: str) -> Iterator[None]:
-    """Around whatever runs while a loader has workers, one of which may be killed.
+def workers_alive(advice: str, *, fetching: bool = False) -> Iterator[None]:
+    """Around whatever runs while a loader has workers, one of which may be killed; `fetching`, where batches come.
 
     Raises:
         UsageError: a worker was killed; ends with `advice`.
@@ -158,10 +158,15 @@ def workers_alive(advice: str) -> Iterator[None]:
         try:
             yield
         except (ConnectionError, EOFError):
+            if not fetching:
+                raise
             time.sleep(1)  # the pipe broke first; torch tells which worker it was in a signal handler, hence here
             raise
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+        # What a live worker raised begins with "Caught"; what has nothing to do with workers is passed on too.
+        told = str(error).startswith("DataLoader worker (pid")
+        broken = fetching and not isinstance(error, RuntimeError) and not str(error).startswith("Caught ")
+        if not (told or broken):
             raise
         text = "a process that loads images was killed, most likely because memory ran out"
         raise UsageError(f"{text}; {advice}") from error

@@ -98,11 +98,11 @@ def run_published(
     from trajshift.report import write_report
 
     options: dict[str, Any] = {"scale": scale, "seeds": seeds, "overrides": overrides, "out": out}
-    jobs = experiment_jobs(name, **options)
-    first = jobs[0].recipe
-    rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, first.horizon)
+    experiment_jobs(name, **options)  # refuses what does not fit
+    study = EXPERIMENTS[name].study
+    rates = read_tuned(tuned, study.recipe, load(study.recipe, [*study.scales[scale], *overrides]).horizon)
     jobs = experiment_jobs(name, **options, tuned=rates)
-    folder = jobs[0].path.parent
+    folder, first = jobs[0].path.parent, jobs[0].recipe
     say = console()
     say.print(
         f"{EXPERIMENTS[name].summary}\n{len(jobs)} runs of {first.total_steps:,} inner steps per task "

@@ -57,10 +57,11 @@ def _read(file: Path, recipe: str) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         parts = {name: summary[name] for name in ("recipe", "horizon", "choice", "edges")}
-        points = [dict(parts["choice"]), dict(parts["edges"]), *map(dict, parts["choice"].values())]
+        parts["choice"] = {method: dict(point) for method, point in parts["choice"].items()}
+        parts["edges"] = {method: [str(text) for text in texts] for method, texts in parts["edges"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is no readable sweep.json ({type(error).__name__}: {error}); {_AGAIN}") from None
-    if not points[0] or "" in points[0]:
+    if not parts["choice"] or "" in parts["choice"]:
         raise UsageError(f"{file} has no choice for each method; {_AGAIN}")
     if parts["recipe"] != recipe:
         raise UsageError(f"{file} is a sweep of recipe {parts['recipe']!r}, and this experiment's is {recipe!r}")
