@@ -53,6 +53,11 @@ class Job:
         return {} if self.section is None else dict(getattr(self.recipe, self.section))
 
     @property
+    def total_steps(self) -> int:
+        """Steps of training and of all fine-tunings."""
+        return self.recipe.total_steps + self.tuning_steps
+
+    @property
     def tuning_steps(self) -> int:
         """Steps of all fine-tunings."""
         starts, output = 1 + self.scratch, self.recipe.output
@@ -134,17 +139,19 @@ def _with_threads(job: Job, threads: int) -> Job:
 
 
 def _total(jobs: Sequence[Job]) -> int:
-    return sum(job.recipe.total_steps + job.tuning_steps for job in jobs)
+    return sum(job.total_steps for job in jobs)
 
 
 def _done(jobs: Sequence[Job], finished: Collection[Path] = ()) -> int:
     """Steps of training, and of the fine-tunings that left a row."""
     done = 0
     for job in jobs:
-        done += min(RunDirectory(job.path).last_step(), job.recipe.total_steps)
+        if job.path in finished:
+            done += job.total_steps
+            continue
         rows = job.path / FILE
         tuned = rows.read_bytes().count(b"\n") * job.recipe.finetune.steps if rows.exists() else 0
-        done += job.tuning_steps if job.path in finished else min(tuned, job.tuning_steps)
+        done += min(RunDirectory(job.path).last_step(), job.recipe.total_steps) + min(tuned, job.tuning_steps)
     return done
 
 

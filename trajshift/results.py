@@ -58,7 +58,7 @@ def comparison(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: P
             write_markdown(folder / f"tests{suffix}.md", summary.test_header(), summary.test_cells(), about)
         for note in summary.notes:
             page.paragraph(_capital(note) + ".", "note")
-    elsewhere = dict.fromkeys(row["label"] for row in ends).keys() - {line.label for line in found[0].lines}
+    elsewhere = {row["label"] for row in ends} - {line.label for line in found[0].lines}
     if elsewhere:
         names = ", ".join(sorted(elsewhere))
         page.paragraph(f"Fine-tuned with other sizes or steps, and so not in the first table: {names}.", "note")
@@ -142,24 +142,16 @@ def against_horizon(page: Page, rows: Sequence[Row], final: Summary, horizons: M
         for row in rows
         if row["checkpoint"] == FINAL and row.get("train_images") == final.train_images and row["steps"] in final.steps
     ]
-    tried = {method: {row["horizon"] for row in ends if row["method"] == method} for method in _methods(ends)}
+    tried: dict[str, set[int]] = {}
+    for row in ends:
+        tried.setdefault(row["method"], set()).add(row["horizon"])
     places = {(row["method"], row["horizon"], row["seed"], row["target"]) for row in ends}
     if len(places) < len(ends) or all(len(found) < 2 for found in tried.values()):
         return
     page.heading("The horizon")
-    panels = {name: curves(ends, "horizon", metric=final.metric, target=name) for name in final.targets}
-    if len(final.targets) > 1:
-        panels[AVERAGE] = curves(ends, "horizon", metric=final.metric)
-    styles = figures.looks(list(tried))
-    figure = figures.curve_figure(panels, styles, metric=final.metric, xlabel="horizon K", log=True)
     caption = "Test result after fine-tuning against the horizon K: mean and 95% t-interval over seeds."
-    page.figure(figures.save(figure, "horizon", folder), caption)
-    curves_csv(folder / "horizon.csv", panels, "horizon", final.metric)
-    curves_markdown(folder / "horizon.md", panels, final.show, caption)
-
-
-def _methods(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
+    styles, horizon = figures.looks(list(tried)), ("horizon", "horizon", "horizon K")
+    _figure_against(page, ends, horizon, final, styles, folder, "horizon", caption)
 
 
 def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Looks, folder: Path) -> None:
@@ -174,7 +166,8 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
         "Test result against the number of training images of the target (class-balanced subsets, the same for every "
         "method at one seed): mean and 95% t-interval over seeds."
     )
-    _few_data_figure(page, chosen, final, styles, folder, "few_data", caption)
+    images = ("images", "train_images", "training images")
+    _figure_against(page, chosen, images, final, styles, folder, "few_data", caption)
     for start in UNTRAINED:
         base = {_cell(row): row[metric] for row in chosen if row["label"] == start}
         gains = [
@@ -186,16 +179,17 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
             name = f"gain_over_{start.replace(' ', '_')}"
             ylabel = f"gain in {metric}{', points' if final.percent else ''}"
             caption = f"The same as a difference from {start}, seed by seed: mean and 95% t-interval over seeds."
-            _few_data_figure(page, gains, final, styles, folder, name, caption, ylabel)
+            _figure_against(page, gains, images, final, styles, folder, name, caption, ylabel)
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
     return row["target"], row["seed"], row.get("train_images")
 
 
-def _few_data_figure(
+def _figure_against(
     page: Page,
     rows: Sequence[Row],
+    quantity: tuple[str, str, str],
     final: Summary,
     styles: figures.Looks,
     folder: Path,
@@ -203,14 +197,16 @@ def _few_data_figure(
     caption: str,
     ylabel: str | None = None,
 ) -> None:
+    """Draws and saves the metric against a quantity: its name in the rows, in the CSV and on the axis."""
+    x, column, xlabel = quantity
     metric, targets = final.metric, list(dict.fromkeys(row["target"] for row in rows))
-    panels = {target: curves(rows, "images", metric=metric, target=target) for target in targets}
-    average = curves(rows, "images", metric=metric)
+    panels = {target: curves(rows, x, metric=metric, target=target) for target in targets}
+    average = curves(rows, x, metric=metric)
     if len(targets) > 1 and average:
         panels[AVERAGE] = average
-    figure = figures.curve_figure(panels, styles, metric=metric, xlabel="training images", ylabel=ylabel, log=True)
+    figure = figures.curve_figure(panels, styles, metric=metric, xlabel=xlabel, ylabel=ylabel, log=True)
     page.figure(figures.save(figure, name, folder), caption)
-    curves_csv(folder / f"{name}.csv", panels, "train_images", metric)
+    curves_csv(folder / f"{name}.csv", panels, column, metric)
     show = final.show if ylabel is None else partial(final.show, signed=True)
     curves_markdown(folder / f"{name}.md", panels, show, caption)
 

@@ -20,6 +20,9 @@ from trajshift.yaml_text import parse_value
 Point = tuple[tuple[str, str], ...]
 """One combination of the grid: (field, value as written), fields in alphabetical order."""
 
+RATES = tuple(float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 2, 5))
+"""Three values a decade, by which a grid is extended."""
+
 NONE = "null"
 """A value left out."""
 
@@ -131,7 +134,7 @@ def grid_jobs(
     recipe: str, grid: Mapping[str, Sequence[str]], points: Sequence[Point], folder: Path
 ) -> dict[Point, Job]:
     """One job for each point, its recipe checked; runs are named by the fields with several values."""
-    varied = [field for field, values in grid.items() if len(values) > 1]
+    varied = _varied(grid)
     jobs: dict[Point, Job] = {}
     for point in points:
         overrides = [f"{field}={value}" for field, value in point]
@@ -144,6 +147,11 @@ def grid_jobs(
         loaded.output = replace(loaded.output, directory=str(folder), name=name)
         jobs[point] = Job(path=folder / run_name(loaded, ""), recipe=loaded, section="tuning")
     return jobs
+
+
+def _varied(grid: Mapping[str, Sequence[str]]) -> list[str]:
+    """The fields with several values."""
+    return [field for field, values in grid.items() if len(values) > 1]
 
 
 def _file_name(value: str) -> str:
@@ -240,16 +248,14 @@ def beyond(choices: Mapping[str, Result], results: Sequence[Result], grid: Mappi
 
 def _next_rate(rate: float, way: int) -> str | None:
     """The next of 1, 2, 5, 10, ... and their tenths above or below; None where there is none."""
-    series = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 2, 5)]
-    further = [other for other in series[::way] if way * (other / rate - 1) > 1e-9]
+    further = [other for other in RATES[::way] if way * (other / rate - 1) > 1e-9]
     return f"{further[0]:g}" if further else None
 
 
 def _print(
     results: Sequence[Result], choices: Mapping[str, Result], grid: Mapping[str, Sequence[str]], folder: Path
 ) -> None:
-    varied = [field for field, values in grid.items() if len(values) > 1 and field != REPEATS]
-    fields = sorted(varied, key=lambda field: field != "method")
+    fields = sorted((field for field in _varied(grid) if field != REPEATS), key=lambda field: field != "method")
     rows = []
     for result in sorted(results, key=lambda result: dict(result.point).get("method", "")):
         point = dict(result.point)

@@ -23,10 +23,10 @@ from trajshift.evaluate import evaluate_runs
 from trajshift.pool import stop_on_signal
 from trajshift.rows import read_jsonl
 from trajshift.rundir import RunDirectory
+from trajshift.sweep import RATES
 
 HERE = Path(__file__).parent
 TUNING, CANDIDATES, ROWS = (HERE / f"{name}.jsonl" for name in ("tuning", "candidates", "rows"))
-GRID = [float(f"{digit}e{power}") for power in range(-4, 3) for digit in (1, 2, 5)]
 FINETUNE_LRS = (0.03, 0.1)
 Rates = dict[str, float | None]
 
@@ -202,12 +202,12 @@ def score_with(study: Study, rates: Rates, name: str, value: float) -> float:
 
 def climb(score_at: Callable[[float], float], start: float) -> float:
     """The rate of the grid whose neighbours on both sides score no better, uphill from `start`."""
-    scored = cache(lambda index: score_at(GRID[index]))
-    best, here = -1, GRID.index(start)
+    scored = cache(lambda index: score_at(RATES[index]))
+    best, here = -1, RATES.index(start)
     while here != best:
         best = here
         here = max((best, best - 1, best + 1), key=scored)
-    return GRID[here]
+    return RATES[here]
 
 
 def work(study: Study) -> None:

@@ -313,7 +313,8 @@ def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], cl
     own = getattr(split.features[label], "names", None)
     if own is not None:
         entries = [own[entry] if 0 <= entry < len(own) else entry for entry in entries]
-        unknown = [entry for entry in entries if isinstance(entry, str) and entry not in classes]
+        known = set(classes)
+        unknown = [entry for entry in entries if isinstance(entry, str) and entry not in known]
         if unknown:
             raise UsageError(
                 f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes;"

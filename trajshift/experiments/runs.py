@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trajshift.commands import need_report_extra
 from trajshift.errors import UsageError
 from trajshift.experiments.published import EXPERIMENTS, SCALES, Arms
 from trajshift.experiments.tuned import Tuned, read_tuned
 from trajshift.pool import Job, cores, run_jobs
-from trajshift.recipe import load, split_override
+from trajshift.recipe import Recipe, load, split_override
 from trajshift.tables import console, print_summary
 
 _DECIDED = {"seed": "--seeds N", "output.directory": "--out DIR", "output.name": "--out DIR"}
@@ -35,17 +34,15 @@ def experiment_jobs(
     Raises:
         UsageError: an unknown scale, no seed, or an override that does not fit or would change what the runs compare.
     """
-    if scale not in SCALES:
-        raise UsageError(f"scale is {scale!r}; use {', '.join(SCALES)}")
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it must be at least 1")
     published = EXPERIMENTS[name]
     study = published.study
     folder = out or Path("runs") / f"{study.recipe.partition('-')[0]}{'' if scale == 'full' else f'-{scale}'}"
+    base = _base(name, scale, overrides)
     arms = published.by_scale[scale] if published.by_scale else published.arms
     _refuse_decided(name, arms, overrides)
     jobs = []
-    base = load(study.recipe, [*study.scales[scale], *overrides])
     for arm, own in arms.items():
         recipe = load(study.recipe, [*study.scales[scale], *own, *overrides])
         chosen = tuned.rates.get(recipe.method, ()) if tuned and recipe.horizon == base.horizon else ()
@@ -63,6 +60,14 @@ def experiment_jobs(
                 )
             )
     return jobs
+
+
+def _base(name: str, scale: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that the runs of an experiment have in common."""
+    if scale not in SCALES:
+        raise UsageError(f"scale is {scale!r}; use {', '.join(SCALES)}")
+    study = EXPERIMENTS[name].study
+    return load(study.recipe, [*study.scales[scale], *overrides])
 
 
 def _refuse_decided(name: str, arms: Arms, overrides: Sequence[str]) -> None:
@@ -97,11 +102,8 @@ def run_published(
     from trajshift.evaluate import collect, summary_tables
     from trajshift.report import write_report
 
-    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "overrides": overrides, "out": out}
-    experiment_jobs(name, **options)  # refuses what does not fit
-    study = EXPERIMENTS[name].study
-    rates = read_tuned(tuned, study.recipe, load(study.recipe, [*study.scales[scale], *overrides]).horizon)
-    jobs = experiment_jobs(name, **options, tuned=rates)
+    rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, _base(name, scale, overrides).horizon)
+    jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out, tuned=rates)
     folder, first = jobs[0].path.parent, jobs[0].recipe
     say = console()
     say.print(
