@@ -399,6 +399,10 @@ def test_finetune_evaluate_report(trajshift: Command, folder: Path) -> None:
     assert status == 0, err
     assert "accuracy" in out
     assert sorted(path.name for path in (folder / "tuned").iterdir()) == ["side.safetensors", "six.safetensors"]
+    trajshift("train", "tiny.yaml", "--name", "seed=0,rounds=1", "rounds=1", "--quiet")  # as a sweep names its runs
+    status, out, err = trajshift("evaluate", "runs/seed=0,rounds=1", "finetune.steps=1")
+    assert status == 0, err
+    assert "accuracy" in out
     shutil.copy("runs/one/initialization.safetensors", "phi.safetensors")
     assert trajshift("finetune", "phi.safetensors", "--recipe", "tiny.yaml")[0] == 0
     status, _, err = trajshift("finetune", "phi.safetensors")
@@ -418,10 +422,10 @@ def test_finetune_evaluate_report(trajshift: Command, folder: Path) -> None:
     ("arguments", "word"),
     [
         (["finetune", "nowhere", "six"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere"),
-        (["evaluate", "tiny.yaml"], "tiny.yaml"),
+        (["evaluate", "nowhere"], "there is no run directory nowhere"),
+        (["evaluate", "tiny.yaml"], "there is no run directory tiny.yaml"),
         (["evaluate", "seed=1"], "no run directory"),
-        (["report", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "there is no run directory nowhere"),
         (["sweep", "tiny.yaml", "meta_lr=1"], "several values"),
         (["sweep", "tiny.yaml", "tuning={}", "meta_lr=1,2"], "tuning"),
         (["sweep", "tiny.yaml", "mta_lr=1,2"], "did you mean 'meta_lr'"),

@@ -233,10 +233,11 @@ def test_recipes_name_caches_and_the_hub(tmp_path: Path, capsys: pytest.CaptureF
     [
         ({"source": "cache:svhm"}, "tasks.a: unknown data set 'svhm'; did you mean 'svhn'?"),
         ({"source": "hub:imagenet"}, "tasks.a: unknown data set 'imagenet'; did you mean 'imagenet-1k'?"),
+        ({"source": "cache:svhn", "size": 16}, "make it with: trajshift data prepare svhn size=16 --root"),
         ({"source": "cache:svhn"}, "no cache of 'svhn' in .*; make it with: trajshift data prepare svhn --root"),
         (
             {"source": "cache:fashion-mnist", "size": 32},
-            "asks for size 32, but the cache of 'fashion-mnist'",
+            "size 32 is asked for, but the cache of 'fashion-mnist' in .* size=32 --root FOLDER",
         ),
         ({"source": "cache:fashion-mnist", "options": {"label": "x"}}, "cache sources take no options, but 'label'"),
         ({"source": "hub:svhn", "options": {"lable": "x"}}, "'svhn' has no field 'lable' to set; did you mean 'label'"),

@@ -168,7 +168,7 @@ def test_a_missing_column_or_split_is_named(tmp_path: Path) -> None:
         (replace(entry, label="coarse_label"), "has no column 'coarse_label'; set label to one of fine_label"),
         (replace(entry, image="picture"), "has no column 'picture'; set image to one of img"),
         (replace(entry, test="valid"), "there is no split 'valid'; known: test, train"),
-        (replace(entry, subset="other"), "not to be opened as a data set"),
+        (replace(entry, subset="other"), "has no configuration 'other'; set subset to one of "),
     ]
     for case, sentence in cases:
         with pytest.raises(UsageError, match=re.escape(sentence)):

@@ -318,6 +318,10 @@ MALFORMED = {
     "float images": ({"x_train": arrays()["x_train"] / 255.0}, "x_train has dtype float64; use uint8"),
     "float labels": ({"y_test": np.ones(3)}, "y_test has dtype float64; use int64"),
     "shape of images": ({"x_test": np.ones((3, 6), dtype=np.uint8)}, r"x_test has shape \[3, 6\]"),
+    "channels first": (
+        {"x_test": np.ones((3, 3, 6, 6), np.uint8)},
+        r"\[3, 3, 6, 6\], channels first; use \[N, H, W, C\]",
+    ),
     "no pixels": ({"x_test": np.ones((3, 0, 6), dtype=np.uint8)}, r"x_test has shape \[3, 0, 6\]"),
     "shape of labels": ({"y_train": np.zeros((7, 1), dtype=np.int64)}, r"y_train has shape \[7, 1\]"),
     "counts": ({"y_train": np.arange(6) % 3}, "x_train has 7 images but y_train 6 labels"),

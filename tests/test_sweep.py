@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from trajshift import pool
+from trajshift.errors import UsageError
 from trajshift.pool import Job
 from trajshift.recipe import load
 from trajshift.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
+from trajshift.task import Task
 
 PEAKS = {"reptile": 3.0, "leap": 0.02, "mtl": 0.1}
 """Of each method the rate with the best score, meta_lr or for joint training inner.lr."""
@@ -59,6 +62,28 @@ def test_a_grid_is_extended_until_no_choice_lies_at_its_end(
         rates = sorted({float(point[field]) for point in tried if point["method"] == method})
         assert rates[0] < float(saved["choice"][method][field]) < rates[-1]
     assert (saved["recipe"], saved["horizon"]) == ("mine", 10)
+
+
+def untested(name: str) -> Task:
+    return Task(name=name, train=(torch.zeros(4, 3), torch.arange(4) % 2), outputs=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (["device=mps"], "device 'mps' is not to be had here"),
+        (["initialization=hub:resnet18"], "'hub:resnet18' names no weights"),
+        (["tuning.b.source=test_sweep:untested"], "task 'b' has no test examples"),
+        (["tuning.b.source=npz:gone.npz"], "gone.npz: no such file"),
+        (["tuning.b.source=npz:gone.npz", "tuning.c.source=digits:none"], "likewise digits:none"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_training(
+    fields: list[str], sentence: str, recipe: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        run_sweep(recipe, ["meta_lr=1,2", *fields], output=tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_without_extend_the_edges_are_kept(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,16 @@ def device(name: str) -> torch.device:
     return found
 
 
+def refuse_absent_device(name: str) -> None:
+    """As `device`, but takes no memory of a GPU that is there.
+
+    Raises:
+        UsageError: no such device, or not on this machine.
+    """
+    if not (name.startswith("cuda") and torch.cuda.is_available()):
+        device(name)
+
+
 def model_factory(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Factory:
     """The factory `model(task) -> module` of a recipe; `options` are put in over its own."""
 
@@ -292,15 +302,7 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
 
 def _cache(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
     _no_options(name, task)
-    root = Path(data.root).expanduser()
-    images = open_cache(root, place)
-    pixels = images.train.fetch(torch.tensor([0]))[0].shape[-1]
-    if task.size not in (None, pixels):
-        raise UsageError(
-            f"task {name!r} asks for size {task.size}, but the cache of {place!r} in {root} has {pixels} pixels; drop"
-            f" size, or make another with: trajshift data prepare {place} size={task.size} --root FOLDER"
-        )
-    return images
+    return open_cache(Path(data.root).expanduser(), place, task.size)
 
 
 def _hub(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:

@@ -25,9 +25,12 @@ def need_report_extra() -> None:
 
 
 def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Words without and with an equals sign: names, and overrides."""
-    listed = list(words)
-    return [word for word in listed if "=" not in word], [word for word in listed if "=" in word]
+    """Names, and overrides: words with an equals sign which are no folder (a sweep names its runs by fields)."""
+    names: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        (overrides if "=" in word and not Path(word).is_dir() else names).append(word)
+    return names, overrides
 
 
 # finetune ---------------------------------------------------------------------------------------------------
@@ -57,6 +60,8 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     options = finetune_options(loaded)
     rows = []
     for name, task in tasks.items():
+        if task.test is None:
+            console().print(f"note: {name} has no test examples, so it has no metrics; options.test names some")
         for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
             with Progress(f"{name} from {label}", options["steps"]) as progress:
                 tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
@@ -123,6 +128,7 @@ def evaluate(
     runs, overrides = split_words(words)
     if not runs:
         raise UsageError("no run directory was named; give at least one, such as runs/NAME")
+    _refuse_what_is_no_run(runs)
     need_report_extra()
     recipes: list[Recipe] = [load(run, overrides) for run in runs]
 
@@ -149,6 +155,12 @@ def evaluate(
         print_summary(summary)
 
 
+def _refuse_what_is_no_run(runs: Sequence[str]) -> None:
+    for run in runs:
+        if not Path(run).is_dir():
+            raise UsageError(f"there is no run directory {run}; name one that trajshift train has made")
+
+
 def _sizes(text: str) -> list[int | None]:
     sizes: list[int | None] = []
     for part in text.split(","):
@@ -162,5 +174,6 @@ def report(runs: Sequence[str], output: Path | None) -> None:
     """Write the page of one run or many."""
     from trajshift.report import write_report
 
+    _refuse_what_is_no_run(runs)
     with disk_errors(output or Path(runs[0])):
         console().print(f"wrote {write_report(runs, output)}")

@@ -295,9 +295,10 @@ def _row(
 ) -> Row:
     """One fine-tuning as a row; a loss that is not finite is a result too, and said as `error`."""
     from trajshift.finetune import finetune, training_images
+    from trajshift.task import untested
 
     if task.test is None:
-        raise UsageError(f"target {task.name!r} has no test examples; give it a test source")
+        raise untested(task.name)
     row = {
         **base,
         "target": task.name,

@@ -84,11 +84,12 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
 
     Raises:
-        UsageError: a run directory holds a run of another recipe, or a cache is missing.
+        UsageError: a run directory holds a run of another recipe, or what the runs need is not there: a device, weights
+            to start from, data, or the test images of what is fine-tuned.
         KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
     """
     # refuses what is there but differs, before any work
-    _refuse_missing_caches([job for job in jobs if not RunDirectory(job.path).is_complete(job.recipe)])
+    _refuse_what_is_missing([job for job in jobs if not RunDirectory(job.path).is_complete(job.recipe)])
     workers = max(1, min(workers, len(jobs)))
     threads = max(1, cores() // workers)
     ready: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -111,19 +112,30 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     return failures
 
 
-def _refuse_missing_caches(jobs: Sequence[Job]) -> None:
-    """Opens every cache that will be needed, those of the targets too, which come last."""
-    wanted: dict[tuple[str, str], tuple[str, TaskRecipe, DataRecipe]] = {}
-    for job in jobs:
-        for name, task in (job.recipe.source_tasks() | job.tuned_tasks()).items():
-            if task.source.startswith("cache:"):
-                wanted[job.recipe.data.root, task.source] = (name, task, job.recipe.data)
-    errors = []
-    for name, task, data in wanted.values():
-        from trajshift.build import build_task
+def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
+    """Looks for each thing once: devices, weights to start from, caches, and the data of what is fine-tuned last."""
+    if not jobs:
+        return
+    from trajshift.build import build_task, refuse_absent_device
+    from trajshift.pretrained import locate
+    from trajshift.task import untested
 
+    for device in dict.fromkeys(job.recipe.device for job in jobs):
+        refuse_absent_device(device)
+    for start in dict.fromkeys(job.recipe.initialization for job in jobs):
+        if start is not None:
+            locate(start)
+    wanted: dict[str, tuple[str, TaskRecipe, DataRecipe, bool]] = {}
+    for job in jobs:
+        data, last = job.recipe.data, job.tuned_tasks()
+        for name, task in (job.recipe.source_tasks() | last).items():
+            if task.source.startswith("cache:") or name in last:
+                wanted.setdefault(f"{task} {data}", (name, task, data, name in last))
+    errors = []
+    for name, task, data, tested in wanted.values():
         try:
-            build_task(name, task, data)
+            if build_task(name, task, data).test is None and tested:
+                raise untested(name)
         except UsageError as error:
             errors.append((task.source, str(error)))
     if errors:

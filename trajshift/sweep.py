@@ -93,6 +93,10 @@ def run_sweep(
     while more:
         new = grid_jobs(recipe, grid, more, folder)
         where = next(iter(new.values())).recipe
+        console().print(
+            f"{len(new)} runs of {where.total_steps:,} inner steps per task, then {len(where.tuning)} tuning tasks"
+            f" each; runs are in {folder}"
+        )
         workers = jobs or (cores() if where.device == "cpu" else 1)
         failures |= run_jobs(list(new.values()), workers=workers, title=folder.name, log=folder / "sweep.log")
         work |= new

@@ -105,6 +105,14 @@ class Task:
         return (self.metrics or _KINDS[self.kind][1])(module, batch)
 
 
+def untested(name: str) -> UsageError:
+    """What to say where a task has no test examples and needs some."""
+    return UsageError(
+        f"task {name!r} has no test examples; give it some (for a source hf: by options.test, a split or a share such"
+        " as 0.2)"
+    )
+
+
 def move(batch: Batch, device: torch.device | str) -> Batch:
     """`batch` with every tensor on `device`."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from trajshift.data.hashing import key, permutation
 from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry, seeded
 from trajshift.errors import UsageError
-from trajshift.task import Batch, Task, move
+from trajshift.task import Batch, Task, move, untested
 
 if TYPE_CHECKING:
     from trajshift.data.stream import Stream
@@ -69,7 +69,7 @@ class RawBatches:
         """The source behind a split; one in memory is put on the device when first asked for."""
         side = _side(split)
         if side not in self._sources:
-            raise UsageError(f"task {self.name!r} has no test examples; give the task a test source")
+            raise untested(self.name)
         source = self._sources[side]
         if side not in self._placed:
             self._placed.add(side)

@@ -31,15 +31,22 @@ SPLITS = ("train", "test")
 FILES = tuple(f"{split}-{part}.npy" for split in SPLITS for part in ("images", "labels"))
 
 
-def open_cache(root: str | Path, name: str) -> ImageData:
+def open_cache(root: str | Path, name: str, size: int | None = None) -> ImageData:
     """The cache of a registered data set below the folder `root`, mapped; of some classes where it has but these.
 
     Raises:
-        UsageError: an unknown name, no cache of it, or files that cannot be read or do not fit the manifest.
+        UsageError: an unknown name, no cache of it, one of another `size` (pixels; None takes any), or files that
+            cannot be read or do not fit the manifest.
     """
     entry = find(name)
     folder = Path(root) / (entry.whole or name)
-    manifest = read_manifest(folder, entry)
+    manifest = read_manifest(folder, entry, size)
+    pixels = manifest["images"]["train"][-1]
+    if size not in (None, pixels):
+        raise UsageError(
+            f"size {size} is asked for, but the cache of {name!r} in {root} has {pixels} pixels; drop size, or make"
+            f" another with: {_prepare(name, size, 'FOLDER')}"
+        )
     names = tuple(manifest["class_names"])
     sources = {}
     for split in SPLITS:
@@ -86,15 +93,15 @@ def _load(path: Path, kind: str, shape: list[int], manifest: Mapping[str, Any]) 
     return np.asarray(array)
 
 
-def read_manifest(folder: Path, entry: DataSet) -> dict[str, Any]:
-    """The manifest of a cache whose files have the sizes that it says.
+def read_manifest(folder: Path, entry: DataSet, size: int | None = None) -> dict[str, Any]:
+    """The manifest of a cache whose files have the sizes that it says; where there is none `size` is advised.
 
     Raises:
         UsageError: no cache, one that is damaged, or other figures than those of a verified entry.
     """
     if not folder.is_dir():
-        again = f"trajshift data prepare {entry.name} --root {folder.parent}"
-        raise UsageError(f"there is no cache of {entry.name!r} in {folder.parent}; make it with: {again}")
+        command = _prepare(entry.name, size, folder.parent)
+        raise UsageError(f"there is no cache of {entry.name!r} in {folder.parent}; make it with: {command}")
     try:
         manifest = _parsed((folder / MANIFEST).read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in FILES}
@@ -114,6 +121,12 @@ def read_manifest(folder: Path, entry: DataSet) -> dict[str, Any]:
             f"{folder}: {differing[0]}, which was right on {registered.verified}; {_anew(folder, manifest)}"
         )
     return manifest
+
+
+def _prepare(name: str, size: int | None, root: Path | str) -> str:
+    """The command that makes a cache."""
+    field = "" if size in (None, find(name).size) else f" size={size}"
+    return f"trajshift data prepare {name}{field} --root {root}"
 
 
 def figures_that_differ(manifest: Mapping[str, Any], entry: DataSet) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trajshift.data.hashing import key, permutation
 from trajshift.data.preparation import image_tensor, prepare_images
 from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source
 from trajshift.errors import UsageError, nearest
@@ -34,7 +35,7 @@ def load_hf(
     path_or_id: str | Path,
     *,
     train: str = "train",
-    test: str | None = "auto",
+    test: str | float | None = "auto",
     image: str | None = None,
     label: str | None = None,
     size: int | None = None,
@@ -49,7 +50,8 @@ def load_hf(
         path_or_id: a hub id, a folder made by `save_to_disk`, a folder of parquet files, a folder of images (one
             folder per class, in `train` and `test` or not), or parquet files (`*` and `?` allowed).
         train: name of the training split.
-        test: name of the test split; `auto` is the first of test, validation, valid and val, None is none.
+        test: name of the test split; `auto` is the first of test, validation, valid and val, None is none. A number
+            between 0 and 1 is the share of each class that is taken from the training split, always the same images.
         image: column of images; None takes the only one.
         label: column of class names or numbers; None takes the only `ClassLabel`, else a column called
             label, labels, fine_label, class or target.
@@ -80,8 +82,8 @@ class OpenedImages:
 
 
 def open_images(
-    path_or_id: str | Path, *, train: str, test: str | None, image: str | None, label: str | None, size: int | None,
-    channels: int | None, subset: str | None, revision: str | None,
+    path_or_id: str | Path, *, train: str, test: str | float | None, image: str | None, label: str | None,
+    size: int | None, channels: int | None, subset: str | None, revision: str | None,
 ) -> OpenedImages:  # fmt: skip
     """What `load_hf` loads, with its arguments and errors, before it is put into sources."""
     splits = _open(path_or_id, subset, revision)
@@ -98,9 +100,28 @@ def open_images(
         return DecodedImages(what, split, image, labels, size, channels)
 
     opened = {"train": images(train, channels)}
-    if test is not None:
+    if isinstance(test, (int, float)):
+        opened = _divided(opened["train"], test)
+    elif test is not None:
         opened["test"] = images(test, opened["train"].shape[0])
     return OpenedImages(opened, class_names)
+
+
+def _divided(images: DecodedImages, share: float) -> dict[str, DecodedImages]:
+    """Images of one split to train and to test on, `share` of each class for testing."""
+    order = permutation(key("share for testing"), len(images))
+    order = order[images.targets[order].argsort(stable=True)]
+    classes = order.split(torch.bincount(images.targets).tolist())
+    held = [own[: round(share * len(own))] for own in classes] if 0 < share < 1 else []
+    if not any(map(len, held)):
+        raise UsageError(
+            f"{images.what}: test is {share}, which holds no image out; use a share such as 0.2, or a split"
+        )
+    places = {
+        "train": torch.cat([own[len(few) :] for own, few in zip(classes, held, strict=True)]).sort().values,
+        "test": torch.cat(held).sort().values,
+    }
+    return {name: images.select(chosen, images.targets[chosen]) for name, chosen in places.items()}
 
 
 @contextmanager
@@ -224,10 +245,14 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
             opened = _open_folder(str(path.resolve()), subset)
         else:
             opened = datasets.load_dataset(name, subset, revision=revision)
+    except UsageError:
+        raise
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "check the files" if files or path.exists() else "check id and connection, or give a local copy"
+        remedy = (
+            "check the files" if files or path.exists() else "nor is it a file or folder here; check id and connection"
+        )
         raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
 
@@ -237,6 +262,9 @@ def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
     from pyarrow.parquet import read_schema
 
     datasets = _datasets()
+    known = datasets.get_dataset_config_names(folder)
+    if subset is not None and subset not in known:
+        raise UsageError(f"{folder} has no configuration {subset!r}; set subset to one of {', '.join(known)}")
     builder = datasets.load_dataset_builder(folder, subset)
     builder.download_and_prepare()
     opened: Mapping[str, Any] = builder.as_dataset()

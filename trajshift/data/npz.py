@@ -83,6 +83,8 @@ def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray
         raise UsageError(f"{path}: {name} has dtype {images.dtype}; use uint8, 0 to 255")
     if images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UsageError(f"{path}: {name} has shape {list(images.shape)}; use [N, H, W, C] or [N, H, W]")
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        raise UsageError(f"{path}: {name} has shape {list(images.shape)}, channels first; use [N, H, W, C]")
     if len(images) == 0:
         raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
     return images if images.ndim == 4 else images[..., None]

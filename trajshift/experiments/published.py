@@ -48,7 +48,7 @@ IMAGES = Study(
     scales={
         "full": (),
         "small": (
-            *("horizon=200", "rounds=10", "batch_size=32", *_SIXTEEN, "output.checkpoint_every=400"),
+            *("horizon=200", "rounds=10", "batch_size=32", "data.size=16", *_SIXTEEN, "output.checkpoint_every=400"),
             *("finetune.steps=300", "finetune.batch_size=32", "finetune.train_images=1000", "output.log_every=20"),
         ),
         "check": (
@@ -63,11 +63,11 @@ IMAGENET = Study(
     scales={
         "full": (),
         "small": (
-            *("horizon=50", "rounds=4", "meta_lr=0.02", "batch_size=32", "data.crop_padding=4"),
+            *("horizon=50", "rounds=4", "meta_lr=0.02", "batch_size=32", "data.size=32", "data.crop_padding=4"),
             *("finetune.steps=200", "finetune.batch_size=32", "output.checkpoint_every=50", "output.log_every=10"),
         ),
         "check": (
-            *("horizon=2", "rounds=1", "meta_lr=0.5", "batch_size=2", "data.crop_padding=1"),
+            *("horizon=2", "rounds=1", "meta_lr=0.5", "batch_size=2", "data.size=null", "data.crop_padding=1"),
             *("finetune.steps=1", "finetune.batch_size=2", "finetune.train_images=8", "output.log_every=1"),
         ),
     },
