@@ -427,6 +427,11 @@ def test_finetune_evaluate_report(trajshift: Command, folder: Path) -> None:
         (["evaluate", "seed=1"], "no run directory"),
         (["report", "nowhere"], "there is no run directory nowhere"),
         (["sweep", "tiny.yaml", "meta_lr=1"], "several values"),
+        (["sweep", "tiny.yaml", "meta_lr=1,2", "output.name=a"], "give --output DIR instead"),
+        (["sweep", "tiny.yaml", "meta_lr=1,2", "--jobs", "-3"], "--jobs is -3; it must be at least 1 run"),
+        (["sweep", "tiny.yaml", "meta_lr=1,2", "--output", "tiny.yaml"], "choose another --output"),
+        (["report", ".", "--output", "tiny.yaml/page.html"], "."),
+        (["evaluate", "nowhere", "--threads", "-1"], "--threads is -1; it must be at least 1 thread"),
         (["sweep", "tiny.yaml", "tuning={}", "meta_lr=1,2"], "tuning"),
         (["sweep", "tiny.yaml", "mta_lr=1,2"], "did you mean 'meta_lr'"),
     ],
@@ -461,8 +466,29 @@ def test_a_run_that_kills_its_process_fails_alone(folder: Path) -> None:
     good = Job(path=folder / "good", recipe=load("tiny.yaml", quick))
     failures = run_jobs([bad, good], workers=1, title="both", log=folder / "log.txt")
     assert list(failures) == [folder / "bad"]
-    assert "status 9" in failures[folder / "bad"]
+    assert "status 9" in str(failures[folder / "bad"])
     assert RunDirectory(folder / "good").is_complete(good.recipe)
+
+
+def test_without_a_process_a_run_fails_and_nobody_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*arguments: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("trajshift.pool.subprocess.Popen", none)
+    job = Job(path=folder / "one", recipe=load("tiny.yaml", ["rounds=1"]))
+    failures = run_jobs([job], workers=1, title="one", log=folder / "log.txt")
+    assert "Cannot allocate memory" in str(failures[folder / "one"])
+
+
+def test_a_damaged_timing_is_said_and_stops_no_progress(trajshift: Command, folder: Path) -> None:
+    trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
+    run = RunDirectory(folder / "runs/one")
+    assert run.last_step() > 0
+    with open(run.path / "timing.jsonl", "a") as file:
+        file.write("garbage\n")
+    assert run.last_step() == 0
+    status, _, err = trajshift("train", "--resume", "runs/one", "rounds=9")
+    assert (status, "timing.jsonl is damaged" in err, "mend or delete the line" in err) == (2, True, True)
 
 
 def test_demo_compares_whole_pipelines_with_equal_budgets(folder: Path) -> None:

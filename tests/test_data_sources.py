@@ -330,6 +330,10 @@ MALFORMED = {
     "unseen": ({"y_test": np.array([0, 1, 9]), "class_names": None}, "0 to 9, but y_train has 3 classes"),
     "no training": ({"x_train": np.empty((0, 6, 6, 3), np.uint8), "y_train": np.empty(0, int)}, "y_train is empty"),
     "no test": ({"x_test": np.empty((0, 6, 6, 3), np.uint8), "y_test": np.empty(0, int)}, "x_test is empty"),
+    "an identifier": (
+        {"y_train": np.arange(7) * 10**9, "class_names": None},
+        "class number 6000000000; use",
+    ),
     "pickle": ({"class_names": np.array([["a"], [1, 2]], dtype=object)}, "not a readable .npz file"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,14 @@ def test_curve_against_inner_steps_averages_within_seeds_and_needs_all_targets()
     assert curve.y[0].mean == pytest.approx((0.40 + 0.43) / 4)
 
 
+def test_a_failed_fine_tuning_leaves_a_gap_in_the_curve_as_in_the_table() -> None:
+    """The other seeds alone would flatter the method."""
+    early = [r | {"checkpoint": 500, "inner_steps": 500} for r in table({"shift": {"cars": [0.5, None, 0.6]}})]
+    (curve,) = curves([*early, *table({"shift": {"cars": [0.7, 0.8, 0.9]}})], "inner_steps", metric="accuracy")
+    assert curve.x == (2000.0,)
+    assert curve.y[0].mean == pytest.approx(0.8)
+
+
 def test_labels_name_what_sets_runs_apart() -> None:
     base = {"method": "reptile", "meta_lr": 1.0, "seed": 0, "output.name": "a", "tasks.mnist.flip": False}
     runs = {
@@ -288,6 +297,22 @@ def test_a_half_written_last_line_is_left_out_and_then_cut(tmp_path: Path) -> No
     append_row(file, {"a": 3})
     assert read_jsonl(file) == [{"a": 1}, {"a": 3}]
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{"a": 1}, {"a": 3}]
+
+
+def append_many(file: Path, writer: int) -> None:
+    for number in range(200):
+        append_row(file, {"writer": writer, "number": number})
+
+
+def test_two_commands_may_add_rows_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=append_many, args=(tmp_path / "rows.jsonl", writer)) for writer in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    assert sorted((row["writer"], row["number"]) for row in rows) == [(w, n) for w in range(2) for n in range(200)]
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,13 @@ def test_all_runs_of_an_experiment_have_equal_budgets(name: str, scale: str) -> 
 @pytest.mark.parametrize("scale", SCALES)
 def test_experiments_share_their_runs(scale: str) -> None:
     recipes = {}
+    runs = 0
     for name in EXPERIMENTS:
         for job in experiment_jobs(name, scale=scale, seeds=1):
+            runs += 1
             assert recipes.setdefault(job.path, job.recipe) == job.recipe
+    # shifting and Reptile serve all four of section 4.2 and both of 4.3, Leap and FOMAML++ two
+    assert runs - len(recipes) == 3 * 2 + 2 + 2
 
 
 def test_the_published_settings() -> None:
@@ -108,10 +112,8 @@ def test_the_published_settings() -> None:
         for job in experiment_jobs(name, seeds=1):
             recipe = job.recipe
             method = METHODS[recipe.method]
-            assert method.name == recipe.method
-            if recipe.horizon == 1000:
-                every = 1 if recipe.method.endswith("shifting") else 1000
-                default = min(1.0, 10 / 1000) if every == 1 else method.meta_lr
+            if recipe.horizon == 1000 and not method.joint:
+                default = method.default_meta_lr(recipe.horizon, method.meta_every or 1)
                 rates[name.partition("-")[0], recipe.method] = recipe.meta_lr or default
     assert rates["images", "trajectory-shifting"] == 0.01
     assert rates["images", "reptile"] == 1
@@ -203,6 +205,7 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
     job = experiment_jobs("images-ablation", seeds=1, overrides=["threads=1"], out=tmp_path)[0]
     used = []
     monkeypatch.setattr(RunDirectory, "is_complete", lambda run, recipe: True)
+    monkeypatch.setattr(RunDirectory, "adopt", lambda run, recipe: None)
     monkeypatch.setattr("trajshift.evaluate.evaluate_runs", lambda *a, **b: used.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     try:
@@ -254,8 +257,8 @@ def test_a_page_shows_the_sizes_of_its_own_experiment(root: Path, tmp_path: Path
 def test_runs_that_fail_end_the_command_with_an_error_and_are_on_the_page(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(jobs: Sequence[Job], **options: Any) -> dict[Path, str]:
-        return {**run_jobs(jobs[:-1], **options), jobs[-1].path: "it broke"}
+    def failing(jobs: Sequence[Job], **options: Any) -> dict[Path, UsageError]:
+        return {**run_jobs(jobs[:-1], **options), jobs[-1].path: UsageError("it broke")}
 
     monkeypatch.setattr("trajshift.experiments.runs.run_jobs", failing)
     words = [f"data.root={root / 'data'}", "threads=1"]

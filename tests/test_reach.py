@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trajshift.comparison import FINAL, summary_table
+from trajshift.comparison import AVERAGE, FINAL, summary_table
 from trajshift.reach import NOT_REACHED, ReachTable, reach_table
 
 STEPS = (100, 200, 400)
@@ -44,12 +44,12 @@ SHIFT_WINS: Curves = {
 def test_the_first_checkpoint_at_least_as_good_counts() -> None:
     found = table(made(SHIFT_WINS))
     assert (found.reference, found.budget) == ("reptile", 400)
-    assert found.goals == pytest.approx({"a": 0.7, "b": 0.6, "average": 0.65})
+    assert found.goals == pytest.approx({"a": 0.7, "b": 0.6, AVERAGE: 0.65})
     steps = {line.label: line.steps for line in found.lines}
-    assert steps["shift"] == {"a": 200, "b": 100, "average": 200}
-    assert steps["reptile"] == {"a": 400, "b": 400, "average": 400}
-    assert steps["mtl"] == {"a": None, "b": 400, "average": None}
-    assert found.header() == ["method", "a", "b", "average"]
+    assert steps["shift"] == {"a": 200, "b": 100, AVERAGE: 200}
+    assert steps["reptile"] == {"a": 400, "b": 400, AVERAGE: 400}
+    assert steps["mtl"] == {"a": None, "b": 400, AVERAGE: None}
+    assert found.header() == ["method", "a", "b", AVERAGE]
     assert found.cells()[0] == ["shift", "200 (2x)", "100 (4x)", "200 (2x)"]
     assert found.cells()[2] == ["mtl", NOT_REACHED, "400 (1x)", NOT_REACHED]
     assert found.seed_cells()[0] == ["shift, seeds", "200", "100", "200"]
@@ -76,7 +76,7 @@ def test_a_seed_that_is_not_finished_has_no_end_to_reach() -> None:
     rows = made(SHIFT_WINS)
     half = [row for row in rows if (row["label"], row["seed"]) != ("reptile", 1) or row["inner_steps"] == 100]
     found = table(half)
-    assert found.goals == pytest.approx({"a": 0.71, "b": 0.61, "average": 0.66})
+    assert found.goals == pytest.approx({"a": 0.71, "b": 0.61, AVERAGE: 0.66})
     assert found.lines == table([row for row in rows if row["seed"] == 0]).lines
 
 
@@ -85,7 +85,7 @@ def test_a_mean_counts_where_all_seeds_are() -> None:
     rows = made(SHIFT_WINS)
     half = [row for row in rows if (row["label"], row["seed"]) != ("shift", 1) or row["inner_steps"] == 100]
     shift = table(half).lines[0]
-    assert shift.steps == {"a": None, "b": 100, "average": None}
+    assert shift.steps == {"a": None, "b": 100, AVERAGE: None}
 
 
 def test_a_loss_is_better_the_lower() -> None:

@@ -308,6 +308,28 @@ def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
     assert (folder / "horizon.svg").exists()
 
 
+def test_only_like_fine_tunings_lie_on_one_curve(tmp_path: Path) -> None:
+    """The ends were fine-tuned again in another way, the checkpoints were not."""
+    path = make_run(tmp_path, "reptile", 0, sizes=(None,))
+    for row in read_jsonl(path / "evaluation.jsonl"):
+        if row["checkpoint"] == "initialization":
+            append_row(path / "evaluation.jsonl", row | {"setting": "other", "accuracy": row["accuracy"] + 0.2})
+    text = read(write_report([path]))[1]
+    assert "Only the end of meta-training was evaluated" in text
+    assert not (path / "report-figures" / "inner_steps.csv").exists()
+
+
+def test_a_gain_without_its_start_is_no_gain(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "reptile", 0)
+    for row in read_jsonl(path / "evaluation.jsonl"):
+        if row["checkpoint"] == "scratch" and row["train_images"] == 5:
+            failed = {key: value for key, value in row.items() if key not in ("accuracy", "loss")}
+            append_row(path / "evaluation.jsonl", failed | {"error": "the loss at step 3 is nan"})
+    write_report([path])
+    rows = numbers(path / "report-figures" / "gain_over_scratch.csv")
+    assert {row["train_images"] for row in rows if row["target"] in TARGETS} == {"20", "80"}
+
+
 def test_texts_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0)
     for name in ("metrics.jsonl", "evaluation.jsonl"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from trajshift import pool
 from trajshift.errors import UsageError
 from trajshift.pool import Job
 from trajshift.recipe import load
+from trajshift.rows import read_evaluation
 from trajshift.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
 from trajshift.task import Task
 
@@ -41,7 +43,7 @@ def score(point: Mapping[str, str]) -> float:
     return 1 - 0.1 * math.log10(float(rate) / PEAKS[point["method"]]) ** 2
 
 
-def collected(work: Mapping[Point, Job], failures: Mapping[Path, str]) -> list[Result]:
+def collected(work: Mapping[Point, Job], failures: Mapping[Path, UsageError]) -> list[Result]:
     return [Result(point=point, value=score(dict(point)), seeds=1, inner_steps=20) for point in work]
 
 
@@ -84,6 +86,59 @@ def test_what_is_missing_is_said_before_any_training(
     with pytest.raises(UsageError, match=sentence):
         run_sweep(recipe, ["meta_lr=1,2", *fields], output=tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
+
+
+def values_of(folder: Path) -> dict[str, float | None]:
+    """The score of each run by its rate."""
+    saved = json.loads((folder / "sweep.json").read_text())
+    return {result["point"]["inner.lr"]: result["value"] for result in saved["results"]}
+
+
+QUICK = ("horizon=4", "rounds=1", "finetune.steps=2", "output.tensorboard=false", "threads=1")
+
+
+def test_finished_runs_are_scored_on_the_tasks_of_the_day(recipe: str, tmp_path: Path) -> None:
+    """The same runs on another tuning task, then on the first one again: what was computed is found."""
+    run = partial(run_sweep, recipe, output=tmp_path / "out", jobs=1)
+    run(["inner.lr=0.01,0.02", *QUICK])
+    first = values_of(tmp_path / "out")
+    run(["inner.lr=0.01,0.02", *QUICK, "tuning.b.source=digits:which-side"])
+    second = values_of(tmp_path / "out")
+    assert first.keys() == second.keys()
+    rows = [row for path in (tmp_path / "out").glob("*lr*") for row in read_evaluation(path)]
+    by_setting = {row["setting"]: {r["accuracy"] for r in rows if r["setting"] == row["setting"]} for row in rows}
+    assert len(rows) == 4
+    assert list(by_setting.values()) == [{*first.values()}, {*second.values()}]
+    run(["inner.lr=0.01,0.02", *QUICK])
+    assert values_of(tmp_path / "out") == first
+    assert len([row for path in (tmp_path / "out").glob("*lr*") for row in read_evaluation(path)]) == 4
+
+
+def test_a_run_that_diverges_was_tried_and_one_that_breaks_was_not(recipe: str, tmp_path: Path) -> None:
+    words = ["inner.lr=0.01,1.0e+30", *QUICK, "model.options.batch_norm=false"]
+    run_sweep(recipe, words, output=tmp_path / "out", jobs=1)
+    values = values_of(tmp_path / "out")
+    assert values["1.0e+30"] is None
+    assert json.loads((tmp_path / "out/sweep.json").read_text())["choice"][""]["inner.lr"] == "0.01"
+    (tmp_path / "out/sweep.json").unlink()
+    (tmp_path / "out/inner.lr=0.01/evaluation.jsonl").write_text("garbage\n")
+    with pytest.raises(
+        UsageError, match=r"1 of 2 runs failed, and not because they diverged.*evaluation.jsonl is damag"
+    ):
+        run_sweep(recipe, words, output=tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out/sweep.json").exists()
+
+
+def test_the_choice_of_another_sweep_is_not_replaced(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trajshift.sweep.run_jobs", lambda jobs, **options: {})
+    monkeypatch.setattr("trajshift.sweep.collect_results", collected)
+    run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2"], output=tmp_path)
+    with pytest.raises(UsageError, match="holds the choice of a sweep over method=reptile,leap, which would be lost"):
+        run_sweep(recipe, ["method=reptile", "meta_lr=1,2,5"], output=tmp_path)
+    run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5"], output=tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["grid"]["meta_lr"] == ["1", "2", "5"]
 
 
 def test_without_extend_the_edges_are_kept(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +189,7 @@ def test_fine_tuning_is_progress_too(recipe: str, tmp_path: Path) -> None:
     job = Job(path=tmp_path / "run", recipe=made, section="tuning", scratch=True, train_images=(5, 10, 20))
     assert pool._total([job]) == 20 + 42
     job.path.mkdir()
-    (job.path / "timing.jsonl").write_text('{"step": 20}\n')
+    (job.path / "timing.jsonl").write_text('{"step": 20, "seconds": 1.0}\n')
     (job.path / "evaluation.jsonl").write_text("{}\n{}\n{}")
     assert pool._done([job]) == 20 + 14
     assert pool._done([job], {job.path}) == 62

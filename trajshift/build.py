@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,9 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
         if option not in known:
             raise UsageError(f"task {name!r}: hf sources have no option {option!r}{nearest(option, known)}")
     # A pattern such as train-*.parquet exists as its matches.
-    found = local.exists() or any(Path(local.anchor or ".").glob(str(local.relative_to(local.anchor))))
-    return load_hf(local if found else place, size=task.size, channels=task.channels, **task.options)
+    return load_hf(
+        local if local.exists() or glob(str(local)) else place, size=task.size, channels=task.channels, **task.options
+    )
 
 
 def _cache(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:

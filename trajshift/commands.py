@@ -67,7 +67,7 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
                 tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
             rows.append((name, label, tuned))
             if save is not None and label != "scratch":
-                with disk_errors(save):
+                with disk_errors(save, option="--save", again="the same command"):
                     tuned.save(save / f"{name}.safetensors")
     metrics = list(dict.fromkeys(metric for _, _, tuned in rows for metric in tuned.metrics))
     print_table(
@@ -124,7 +124,9 @@ def evaluate(
 ) -> None:
     """Fine-tune the targets of finished runs, keep the rows, and print the comparison."""
     from trajshift.evaluate import evaluate_runs, summary_tables
+    from trajshift.recipe_fields import at_least
 
+    at_least("--threads", threads, 1, "thread")
     runs, overrides = split_words(words)
     if not runs:
         raise UsageError("no run directory was named; give at least one, such as runs/NAME")
@@ -135,7 +137,8 @@ def evaluate(
     from trajshift.distributed import World, set_threads
 
     set_threads(World(), threads or recipes[0].threads)
-    with Progress("fine-tuning", 1) as progress, disk_errors(Path(runs[0])):
+    again = "the same command"
+    with Progress("fine-tuning", 1) as progress, disk_errors(Path(runs[0]), option="folder", again=again):
 
         def show(done: int, total: int, what: str) -> None:
             progress.total = total
@@ -175,5 +178,5 @@ def report(runs: Sequence[str], output: Path | None) -> None:
     from trajshift.report import write_report
 
     _refuse_what_is_no_run(runs)
-    with disk_errors(output or Path(runs[0])):
+    with disk_errors(output or Path(runs[0]), option="--output", again="the same command"):
         console().print(f"wrote {write_report(runs, output)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trajshift.errors import UsageError
-from trajshift.statistics import Estimate, PairedTest, compare, interval
+from trajshift.statistics import Estimate, PairedTest, compare, interval, show
 
 Row = dict[str, Any]
 
@@ -22,6 +22,8 @@ START = "initial weights"
 UNTRAINED = (SCRATCH, START)
 """Starts without meta-training: none, or what the recipe's phi starts from. They are labels of their own."""
 FINAL = "initialization"
+AVERAGE = "average of targets"
+"""Beside the targets' names."""
 _IGNORED = (
     "seed", "output", "device", "workers", "threads", "engine", "channels_last", "data.root", "finetune", "targets",
     "tuning",
@@ -116,13 +118,7 @@ class Summary:
 
     def show(self, estimate: Estimate | None, *, signed: bool = False) -> str:
         """`71.3 +- 0.4` in percent, `0.213 +- 0.004` else; `-` for none."""
-        if estimate is None:
-            return "-"
-        scale, digits = (100.0, 2) if self.percent else (1.0, 4)
-        mean = f"{scale * estimate.mean:{'+' if signed else ''}.{digits}f}"
-        if estimate.half_width is None:
-            return mean
-        return f"{mean} \u00b1 {scale * estimate.half_width:.{digits}f}"
+        return show(estimate, 2, 100.0, signed=signed) if self.percent else show(estimate, 4, signed=signed)
 
 
 def show_p(p: float) -> str:
@@ -198,20 +194,26 @@ class Curve:
 def curves(rows: Iterable[Row], x: str, *, metric: str, target: str | None = None) -> list[Curve]:
     """Per method the metric against `x` ("inner_steps" or "images"), at one target or averaged over targets.
 
-    Within a seed the targets are averaged first; a point keeps only seeds that have all targets there. For
-    the average against "images" the rows' `train_images` is the quantity, since targets differ in how many
-    they have.
+    Within a seed the targets are averaged first; a point keeps only seeds that have all targets there. There is no
+    point where a fine-tuning failed, since the other seeds alone would flatter the method. For the average against
+    "images" the rows' `train_images` is the quantity, since targets differ in how many they have.
     """
-    chosen = [row for row in rows if metric in row and (target is None or row["target"] == target)]
+    of_target = [row for row in rows if target is None or row["target"] == target]
+    chosen = [row for row in of_target if metric in row or "error" in row]
     names = {row["target"] for row in chosen}
     found = []
     for label in _ordered(chosen):
         cells: dict[float, dict[int, dict[str, float]]] = {}
+        failed = set()
         for row in chosen:
             if row["label"] == label:
                 place = row["train_images"] if x == "images" and target is None else row[x]
-                if place is not None:
+                if place is not None and "error" in row:
+                    failed.add(float(place))
+                elif place is not None:
                     cells.setdefault(float(place), {}).setdefault(row["seed"], {})[row["target"]] = row[metric]
+        for place in failed & {*cells}:
+            del cells[place]
         points = {}
         for place, seeds in sorted(cells.items()):
             values = [sum(cell.values()) / len(cell) for cell in seeds.values() if set(cell) == names]

@@ -7,6 +7,7 @@ from pathlib import Path
 from trajshift.commands import need_report_extra
 from trajshift.pool import Job, refuse_failures, run_jobs
 from trajshift.recipe import load
+from trajshift.rundir import disk_errors
 from trajshift.tables import console, print_summary
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -59,12 +60,13 @@ def run_demo(output: Path, *, quick: bool = False) -> None:
         f"{len(first.tasks)} tasks made of the digits 0 to 5 (single-task: on one of them), then "
         f"{first.finetune.steps} steps on each of {len(first.targets)} targets made of the digits 6 to 9."
     )
-    refuse_failures(run_jobs(jobs, workers=WORKERS, title="demo", log=output / "demo.log"))
     paths = [job.path for job in jobs]
-    rows, notes = collect(paths)
-    for summary in summary_tables(rows):
-        print_summary(summary)
-    for note in notes:
-        out.print(f"note: {note}")
-    page = write_report(paths, output / "report.html")
+    with disk_errors(output, option="--output", again="the same command"):
+        refuse_failures(run_jobs(jobs, workers=WORKERS, title="demo", log=output / "demo.log"))
+        rows, notes = collect(paths)
+        for summary in summary_tables(rows):
+            print_summary(summary)
+        for note in notes:
+            out.print(f"note: {note}")
+        page = write_report(paths, output / "report.html")
     out.print(f"runs are in {output}, the page is {page}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajshift.comparison import FINAL, SCRATCH, START, UNTRAINED, Row, summary_table, summary_tables
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
-from trajshift.recipe import Recipe, flatten, load
+from trajshift.recipe import Recipe, load
 from trajshift.rows import (
     FILE,
     append_row,
@@ -29,6 +28,7 @@ from trajshift.rows import (
     manifest_of,
     read_evaluation,
     read_jsonl,
+    setting_of,
 )
 from trajshift.rundir import RunDirectory
 
@@ -204,18 +204,6 @@ def _inner_steps(path: Path, recipe: Recipe, source: Path) -> int:
         return int(manifest_of(source)["numbers"]["inner_steps"])
     rows = read_jsonl(path / "metrics.jsonl")
     return int(rows[-1]["inner_steps"]) if rows else recipe.total_steps
-
-
-def setting_of(recipe: Recipe, section: str, name: str) -> str:
-    """Digest of all that decides a fine-tuning besides phi, seed and the number of images."""
-    parts = ("model", "head", "data", "finetune", f"{section}.{name}")
-    fields = {
-        key.replace(f"{section}.{name}", "target"): value
-        for key, value in flatten(recipe).items()
-        if any(key == part or key.startswith(f"{part}.") for part in parts)
-        and key not in ("data.root", "finetune.train_images")
-    }
-    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # -- what is there ---------------------------------------------------------------------------------------------

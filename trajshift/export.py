@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trajshift.comparison import Curve, Summary
+from trajshift.comparison import AVERAGE, Curve, Summary
 from trajshift.figures import Series, aligned
 from trajshift.reach import ReachTable
 from trajshift.statistics import Estimate
-
-AVERAGE = "average of targets"
 
 Show = Callable[[Estimate | None], str]
 """Mean and interval as text."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trajshift.comparison import SCRATCH, START, UNTRAINED, Curve, Summary
+from trajshift.comparison import AVERAGE, SCRATCH, START, UNTRAINED, Curve, Summary
 from trajshift.errors import UsageError
 from trajshift.statistics import Estimate
 
@@ -85,7 +85,7 @@ def styled(draw: _Drawing) -> _Drawing:
 def comparison_figure(summary: Summary, styles: Looks) -> Figure:
     """Per target and on average: mean and 95% interval of each method; dots are the seeds behind the average."""
     average = len(summary.targets) > 1
-    names = [*summary.targets, *(["average of targets"] if average else [])]
+    names = [*summary.targets, *([AVERAGE] if average else [])]
     lines = list(reversed(summary.lines))
     figure, axes = _grid(len(names), height=0.75 + 0.27 * len(lines), sharey=True)
     scale = 100.0 if summary.percent else 1.0

@@ -21,12 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from trajshift.errors import UsageError
+from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe
 from trajshift.recipe_fields import DataRecipe, TaskRecipe
 from trajshift.rows import FILE
-from trajshift.rundir import RunDirectory, disk_errors
+from trajshift.rundir import RunDirectory
 
 LOOK_EVERY = 1.0
 """Seconds between looks at how far the runs are."""
@@ -77,8 +77,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, str]:
-    """Do all jobs in `workers` processes; returns for each run that failed why, in a sentence.
+def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, UsageError]:
+    """Do all jobs in `workers` processes; returns for each run that failed why: `NonFiniteLoss` where it diverged.
 
     Each process gets cores / workers threads, unless the recipe (or the run that is continued) says otherwise.
     What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
@@ -95,20 +95,19 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     ready: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         ready.put(_with_threads(job, threads))
-    results: queue.SimpleQueue[tuple[Path, str | None]] = queue.SimpleQueue()
-    failures: dict[Path, str] = {}
-    with disk_errors(log.parent):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            staff = [_Worker(ready, results, file, threads) for _ in range(workers)]
-            with stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
-                try:
-                    for worker in staff:
-                        worker.start()
-                    _wait(jobs, results, failures, progress)
-                finally:
-                    for worker in staff:
-                        worker.stop()
+    results: queue.SimpleQueue[tuple[Path, UsageError | None]] = queue.SimpleQueue()
+    failures: dict[Path, UsageError] = {}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        staff = [_Worker(ready, results, file, threads) for _ in range(workers)]
+        with stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
+            try:
+                for worker in staff:
+                    worker.start()
+                _wait(jobs, results, failures, progress)
+            finally:
+                for worker in staff:
+                    worker.stop()
     return failures
 
 
@@ -169,8 +168,8 @@ def _done(jobs: Sequence[Job], finished: Collection[Path] = ()) -> int:
 
 def _wait(
     jobs: Sequence[Job],
-    results: queue.SimpleQueue[tuple[Path, str | None]],
-    failures: dict[Path, str],
+    results: queue.SimpleQueue[tuple[Path, UsageError | None]],
+    failures: dict[Path, UsageError],
     progress: Progress,
 ) -> None:
     finished: set[Path] = set()
@@ -211,7 +210,7 @@ class _Worker(threading.Thread):
     def __init__(
         self,
         ready: queue.SimpleQueue[Job],
-        results: queue.SimpleQueue[tuple[Path, str | None]],
+        results: queue.SimpleQueue[tuple[Path, UsageError | None]],
         log: IO[str],
         threads: int,
     ) -> None:
@@ -227,11 +226,16 @@ class _Worker(threading.Thread):
                 job = self._ready.get_nowait()
             except queue.Empty:
                 break
-            failure = self._do(job)
+            try:
+                failure = self._do(job)
+            except (
+                Exception
+            ) as error:  # no process to be had, an answer that is none: the others must not wait for ever
+                failure = UsageError(f"{type(error).__name__}: {error}")
             if not self._stopping:
                 self._results.put((job.path, failure))
 
-    def _do(self, job: Job) -> str | None:
+    def _do(self, job: Job) -> UsageError | None:
         """Do one job; returns why it failed."""
         process = self._process or self._start()
         assert process.stdin is not None
@@ -249,10 +253,12 @@ class _Worker(threading.Thread):
             with suppress(OSError):
                 process.stdin.close()
             if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-                return "its process was told to stop; give the same command again to go on"
-            return f"its process ended with status {status}; see {self._log.name}"
-        failure: str | None = json.loads(answer)["failure"]
-        return failure
+                return UsageError("its process was told to stop; give the same command again to go on")
+            return UsageError(f"its process ended with status {status}; see {self._log.name}")
+        said = json.loads(answer)
+        if said["failure"] is None:
+            return None
+        return (NonFiniteLoss if said["diverged"] else UsageError)(said["failure"])
 
     def _start(self) -> subprocess.Popen[str]:
         here = str(Path(__file__).parents[1])
@@ -297,7 +303,7 @@ def _wait_patiently(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def refuse_failures(failures: dict[Path, str]) -> None:
+def refuse_failures(failures: dict[Path, UsageError]) -> None:
     """Stop where runs failed that must not.
 
     Raises:

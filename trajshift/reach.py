@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from trajshift.comparison import FINAL, UNTRAINED, Curve, Row, Summary, curves
+from trajshift.comparison import AVERAGE, FINAL, UNTRAINED, Curve, Row, Summary, curves
 
-AVERAGE = "average"
 NOT_REACHED = "not reached"
 
 
@@ -18,7 +17,7 @@ class Reach:
 
     label: str
     steps: dict[str, int | None]
-    """Target, or `average` -> cumulative inner steps per task; None where no checkpoint is as good."""
+    """Target, or `AVERAGE` -> cumulative inner steps per task; None where no checkpoint is as good."""
     by_seed: dict[str, list[int | None]]
     """The same for every seed that the reference has too, against the reference's end in that seed."""
 
@@ -32,7 +31,7 @@ class ReachTable:
     budget: int
     """Inner steps of the reference."""
     goals: dict[str, float]
-    """Target, or `average` -> mean over seeds at the reference's end."""
+    """Target, or `AVERAGE` -> mean over seeds at the reference's end."""
     lines: tuple[Reach, ...]
 
     def header(self) -> list[str]:
@@ -67,7 +66,7 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
     # steps need checkpoints: what was fine-tuned at the end alone says nothing about when
-    trained = [row for row in rows if row["checkpoint"] not in UNTRAINED and "error" not in row]
+    trained = [row for row in rows if row["checkpoint"] not in UNTRAINED]
     chosen = [row for row in trained if row.get("train_images") == final.train_images and row["steps"] in final.steps]
     if not found or all(row["checkpoint"] == FINAL for row in chosen):
         return None

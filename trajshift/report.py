@@ -51,20 +51,21 @@ def write_report(
     out: Path | str | None = None,
     *,
     train_images: Sequence[int | None] | None = None,
+    as_asked: bool = False,
     notes: Sequence[str] = (),
 ) -> Path:
     """Writes the page for these run directories and returns its path.
 
     `out` is the HTML file or a folder for it; None is `report.html` in the run, or in the folder above the first of
-    several. `train_images` limits the results to these numbers of training images (None in it: all of them); `notes`
-    are further sentences for the reader. Figures go to a folder of the page's name beside it. The same files give the
+    several. `train_images` and `as_asked` limit the results as they do for `collect`; `notes` are further sentences
+    for the reader. Figures go to a folder of the page's name beside it. The same files give the
     same page, byte for byte.
 
     Raises:
         UsageError: no run given, or a path that is no run directory.
     """
     runs = load_runs([Path(path) for path in paths])
-    rows, left_out = collect([run.path for run in runs], train_images=train_images)
+    rows, left_out = collect([run.path for run in runs], train_images=train_images, as_asked=as_asked)
     target = _page_path(runs, out)
     folder = target.parent / f"{target.stem}-figures"
     styles = figures.looks(list(dict.fromkeys(run.label for run in runs)))
@@ -74,6 +75,7 @@ def write_report(
     for note in (*notes, *left_out, *_unfinished(runs, rows)):
         page.paragraph(note, "note")
     if final:
+        rows = results.like(rows, final)
         results.against_steps(page, rows, final, styles, folder)
         results.against_horizon(page, rows, final, {run.label: run.recipe.horizon for run in runs}, folder)
         results.few_data(page, rows, final, styles, folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 from trajshift import figures
 from trajshift.comparison import (
+    AVERAGE,
     FINAL,
     UNTRAINED,
     Row,
@@ -20,7 +21,7 @@ from trajshift.comparison import (
     show_p,
     summary_tables,
 )
-from trajshift.export import AVERAGE, curves_csv, curves_markdown, reach_csv, summary_csv, tests_csv, write_markdown
+from trajshift.export import curves_csv, curves_markdown, reach_csv, summary_csv, tests_csv, write_markdown
 from trajshift.page import Page
 from trajshift.reach import reach_table
 from trajshift.statistics import PairedTest
@@ -63,6 +64,25 @@ def comparison(page: Page, rows: Sequence[Row], styles: figures.Looks, folder: P
         names = ", ".join(sorted(elsewhere))
         page.paragraph(f"Fine-tuned with other sizes or steps, and so not in the first table: {names}.", "note")
     return found[0]
+
+
+def like(rows: Sequence[Row], final: Summary) -> list[Row]:
+    """The rows whose model, data and fine-tuning are those behind the same label in the comparison.
+
+    Nothing else may lie on one curve. A label that has no end yet, a run that is not finished, may be like any other's.
+    """
+    own: dict[tuple[str, str], set[Any]] = {}
+    every: dict[str, set[Any]] = {}
+    for row in rows:
+        end = row["checkpoint"] in (FINAL, *UNTRAINED) and row["steps"] in final.steps
+        if end and row.get("train_images") == final.train_images:
+            own.setdefault((row["label"], row["target"]), set()).add(row.get("setting"))
+            every.setdefault(row["target"], set()).add(row.get("setting"))
+    return [
+        row
+        for row in rows
+        if row.get("setting") in own.get((row["label"], row["target"]), every.get(row["target"], set()))
+    ]
 
 
 def verdict(summary: Summary) -> str:
@@ -158,7 +178,7 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
     """The result against the number of training images, and the gain over the start without meta-training."""
     metric = final.metric
     ends = [row for row in rows if row["checkpoint"] in (FINAL, *UNTRAINED) and row["steps"] in final.steps]
-    chosen = [row for row in ends if row.get("images") and metric in row]
+    chosen = [row for row in ends if row.get("images") and (metric in row or "error" in row)]
     if len({row.get("train_images") for row in chosen}) < 2:
         return
     page.heading("Few data")
@@ -169,9 +189,9 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
     images = ("images", "train_images", "training images")
     _figure_against(page, chosen, images, final, styles, folder, "few_data", caption)
     for start in UNTRAINED:
-        base = {_cell(row): row[metric] for row in chosen if row["label"] == start}
+        base = {_cell(row): row for row in chosen if row["label"] == start}
         gains = [
-            row | {metric: row[metric] - base[_cell(row)]}
+            _gain(row, base[_cell(row)], metric)
             for row in chosen
             if row["label"] not in UNTRAINED and _cell(row) in base
         ]
@@ -184,6 +204,14 @@ def few_data(page: Page, rows: Sequence[Row], final: Summary, styles: figures.Lo
 
 def _cell(row: Row) -> tuple[Any, ...]:
     return row["target"], row["seed"], row.get("train_images")
+
+
+def _gain(row: Row, base: Row, metric: str) -> Row:
+    """The row with what it has more of the metric than `base`; where one of the two failed, the failed one."""
+    failed = next((one["error"] for one in (row, base) if "error" in one), None)
+    if failed is not None:
+        return {key: value for key, value in row.items() if key != metric} | {"error": failed}
+    return row | {metric: row[metric] - base[metric]}
 
 
 def _figure_against(

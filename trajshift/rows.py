@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -19,16 +20,22 @@ _FIELDS = {"checkpoint": (str, int), "target": str, "steps": int, "seed": int, "
 
 
 def collect(
-    paths: Sequence[Path | str], section: str = "targets", *, train_images: Sequence[int | None] | None = None
+    paths: Sequence[Path | str],
+    section: str = "targets",
+    *,
+    train_images: Sequence[int | None] | None = None,
+    as_asked: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """All saved rows of these runs on one section's tasks, labelled, and notes on rows left out.
 
-    `train_images` takes only these numbers of training images (None in it: all of them).
+    `train_images` takes only these numbers of training images (None in it: all of them), `as_asked` only the targets
+    and the fine-tuning of each run's recipe as it stands.
     Where a fine-tuning was repeated with other settings the last one counts; rows from an initialization that
     has been trained further since are left out. Rows without meta-training count once for each seed.
     """
     paths = distinct(paths)
-    labels = labels_of({path: load(path) for path in paths})
+    recipes = {path: load(path) for path in paths}
+    labels = labels_of(recipes)
     rows: list[Row] = []
     notes = []
     seen = set()
@@ -42,9 +49,11 @@ def collect(
                 f"{path.name}: {len(saved) - len(fresh)} saved results are left out, "
                 "the initialization behind them has changed since"
             )
+        asked = {name: setting_of(recipes[path], section, name) for name in getattr(recipes[path], section)}
         for row in fresh:
             wanted = train_images is None or row.get("train_images") in train_images
-            if wanted and row.get("section", "targets") == section:
+            stands = not as_asked or row.get("setting") == asked.get(row["target"])
+            if wanted and stands and row.get("section", "targets") == section:
                 latest[place_of(row)] = row
         for row in latest.values():
             key = (None if row["checkpoint"] in UNTRAINED else path, *identity_of(row))
@@ -87,6 +96,7 @@ def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> 
 def append_row(file: Path, row: Row) -> None:
     """Adds one row; a half-written last line left by a crash is cut off first."""
     with open(file, "ab+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # two commands may fine-tune from one run; released when closed
         stream.seek(0)
         whole = stream.read().rfind(b"\n") + 1
         stream.truncate(whole)
@@ -141,6 +151,18 @@ def place_of(row: Row) -> tuple[Any, ...]:
 def identity_of(row: Row) -> tuple[Any, ...]:
     """Two rows with this in common hold the same numbers."""
     return (*place_of(row), row["seed"], row.get("setting"), row.get("phi"))
+
+
+def setting_of(recipe: Recipe, section: str, name: str) -> str:
+    """Digest of all that decides a fine-tuning besides phi, seed and the number of images."""
+    parts = ("model", "head", "data", "finetune", f"{section}.{name}")
+    fields = {
+        key.replace(f"{section}.{name}", "target"): value
+        for key, value in flatten(recipe).items()
+        if any(key == part or key.startswith(f"{part}.") for part in parts)
+        and key not in ("data.root", "finetune.train_images")
+    }
+    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def distinct(paths: Sequence[Path | str]) -> list[Path]:

@@ -82,8 +82,11 @@ class RunDirectory:
         return load(self.path)
 
     def last_step(self) -> int:
-        """Inner steps done by the last row of timing.jsonl."""
-        rows = read_rows(self.path / "timing.jsonl")
+        """Inner steps done by the last row of timing.jsonl, for the progress; 0 where the file is damaged."""
+        try:
+            rows = self._timing()
+        except UsageError:
+            return 0
         return int(rows[-1]["step"]) if rows else 0
 
     def is_complete(self, recipe: Recipe) -> bool:
@@ -100,6 +103,13 @@ class RunDirectory:
         if done is not None:
             check_boundary(old, new, done)
         return done == new.total_steps
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Write `recipe` where the complete run has another that trains alike: other targets, or data elsewhere."""
+        old = self.recipe()
+        new = resumed_recipe(old, recipe, self.path)
+        if new != old:
+            self.write_recipe(new)
 
     def initialization_step(self) -> int | None:
         """The inner steps behind initialization.safetensors, from its header; None where there is none."""
@@ -166,14 +176,30 @@ class RunDirectory:
         if metrics.exists():
             os.truncate(metrics, metrics_bytes)
         timing = self.path / "timing.jsonl"
-        kept = [row for row in read_rows(timing) if row["step"] <= step]
+        kept = [row for row in self._timing() if row["step"] <= step]
         if timing.exists():
             replace_file(timing, "".join(json.dumps(row) + "\n" for row in kept))
 
     def seconds(self) -> float:
         """Seconds trained so far, by the last row of timing.jsonl."""
-        rows = read_rows(self.path / "timing.jsonl")
-        return float(rows[-1]["seconds"]) if rows else 0.0
+        rows = self._timing()
+        return float(rows[-1].get("seconds", 0.0)) if rows else 0.0
+
+    def _timing(self) -> list[dict[str, Any]]:
+        """The rows of timing.jsonl.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        file = self.path / "timing.jsonl"
+        try:
+            rows = read_rows(file)
+        except ValueError as error:
+            raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
+        for row in rows:
+            if not isinstance(row, dict) or "step" not in row:
+                raise UsageError(f"{file} is damaged ({row} is no row of it); mend or delete the line")
+        return rows
 
     def write_row(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl and one to timing.jsonl."""
@@ -270,7 +296,7 @@ def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
 def disk_errors(path: Path, *, option: str = "output.directory", again: str | None = None) -> Iterator[None]:
     """Say in one sentence that a disk is full or refuses to be written, whichever library found out.
 
-    `option` names what chooses the folder, `again` the command that goes on; by default those of a run.
+    `option` names what chooses the folder, `again` the command that goes on; by default those of `trajshift train`.
     """
     try:
         yield

@@ -40,6 +40,14 @@ class Estimate:
         return None if self.half_width is None else self.mean + self.half_width
 
 
+def show(estimate: Estimate | None, digits: int = 3, scale: float = 1.0, *, signed: bool = False) -> str:
+    """`1.23 \u00b1 0.45`, both times `scale`; without an interval the mean alone, `-` for none."""
+    if estimate is None:
+        return "-"
+    mean = f"{scale * estimate.mean:{'+' if signed else ''}.{digits}f}"
+    return mean if estimate.half_width is None else f"{mean} \u00b1 {scale * estimate.half_width:.{digits}f}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedTest:
     """Two-sided paired t-test of `first - second` over the seeds that both have."""

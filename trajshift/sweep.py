@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trajshift.errors import UsageError
+from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.pool import Job, cores, run_jobs
 from trajshift.presets import METHODS
 from trajshift.recipe import Recipe, find, load, split_override
-from trajshift.rundir import replace_file, run_name
+from trajshift.recipe_fields import at_least
+from trajshift.rows import collect
+from trajshift.rundir import disk_errors, replace_file, run_name
 from trajshift.tables import console, print_table
 from trajshift.yaml_text import parse_value
 
@@ -80,15 +82,28 @@ def run_sweep(
 ) -> None:
     """Train and fine-tune the grid, print the table and the choice, and write both to sweep.json.
 
-    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice lies there.
+    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice lies there. A run that
+    diverges was tried and is bad; where one fails otherwise nothing is chosen.
 
     Raises:
-        UsageError: a grid or recipe that cannot be, a recipe without tuning tasks, or no run that succeeded.
+        UsageError: a grid or recipe that cannot be, a recipe without tuning tasks, a folder with the choice of another
+            sweep, or runs that failed.
     """
     grid = parse_grid(words)
+    at_least("--jobs", jobs, 1, "run")
+    for field in ("output.directory", "output.name"):
+        if field in grid:
+            raise UsageError(f"{field} is not for a sweep, which names its runs itself; give --output DIR instead")
     folder = output or Path(load(recipe).output.directory) / f"{find(recipe).stem}-sweep"
+    _refuse_to_replace(folder / "sweep.json", grid)
+    with disk_errors(folder, option="--output", again="the same command"):
+        _sweep(recipe, grid, folder, jobs, extend=extend)
+
+
+def _sweep(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path, jobs: int | None, *, extend: bool) -> None:
     work: dict[Point, Job] = {}
-    failures: dict[Path, str] = {}
+    failures: dict[Path, UsageError] = {}
+    broken: list[UsageError] = []
     more = points_of(grid)
     while more:
         new = grid_jobs(recipe, grid, more, folder)
@@ -100,9 +115,16 @@ def run_sweep(
         workers = jobs or (cores() if where.device == "cpu" else 1)
         failures |= run_jobs(list(new.values()), workers=workers, title=folder.name, log=folder / "sweep.log")
         work |= new
+        broken = [failure for failure in failures.values() if not isinstance(failure, NonFiniteLoss)]
         results = collect_results(work, failures)
-        choices = choose(results)
+        choices = {} if broken else choose(results)
         more = beyond(choices, results, grid) if extend else []
+    _print(results, choices, grid)
+    if broken:
+        raise UsageError(
+            f"{len(broken)} of {len(work)} runs failed, and not because they diverged, so nothing is chosen; the same"
+            f" command tries again; the first: {broken[0]}"
+        )
     summary = {
         "recipe": find(recipe).stem,
         "horizon": where.horizon,
@@ -113,9 +135,28 @@ def run_sweep(
         "edges": {method: edges(result, results) for method, result in choices.items()},
     }
     replace_file(folder / "sweep.json", json.dumps(summary, indent=1) + "\n")
-    _print(results, choices, grid, folder)
+    console().print(f"written to {folder / 'sweep.json'}")
     if not choices:
         raise UsageError(f"all runs of the sweep failed; the first: {results[0].failure}")
+
+
+def _refuse_to_replace(file: Path, grid: Mapping[str, Sequence[str]]) -> None:
+    """Refuses to write over the choice of a sweep that tried what this one does not."""
+    try:
+        old: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))["grid"]
+        lost = {
+            field: values
+            for field, values in old.items()
+            if field in _varied(old) and not {*values} <= {*grid.get(field, ())}
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if lost:
+        words = " ".join(f"{field}={','.join(values)}" for field, values in lost.items())
+        raise UsageError(
+            f"{file} holds the choice of a sweep over {words}, which would be lost; name these values too, or give"
+            " --output another folder"
+        )
 
 
 def points_of(grid: Mapping[str, Sequence[str]]) -> list[Point]:
@@ -162,20 +203,18 @@ def _file_name(value: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._+-" else "_" for letter in value)
 
 
-def collect_results(work: Mapping[Point, Job], failures: Mapping[Path, str]) -> list[Result]:
+def collect_results(work: Mapping[Point, Job], failures: Mapping[Path, UsageError]) -> list[Result]:
     """One result for each combination, seeds averaged."""
-    from trajshift.evaluate import collect
-
     groups: dict[Point, list[tuple[Job, str]]] = {}
     for point, job in work.items():
         rest = tuple(pair for pair in point if pair[0] != REPEATS)
-        groups.setdefault(rest, []).append((job, failures.get(job.path, "")))
+        groups.setdefault(rest, []).append((job, str(failures.get(job.path, ""))))
     results = []
     for point, members in groups.items():
         failure = next((failure for _, failure in members if failure), "")
         values, steps = [], 0
         for job, _ in members if not failure else []:
-            rows, _ = collect([job.path], "tuning")
+            rows, _ = collect([job.path], "tuning", as_asked=True)
             value, failure = _mean(job.recipe, rows)
             steps = max([steps, *(row["inner_steps"] for row in rows)])
             if failure:
@@ -256,9 +295,7 @@ def _next_rate(rate: float, way: int) -> str | None:
     return f"{further[0]:g}" if further else None
 
 
-def _print(
-    results: Sequence[Result], choices: Mapping[str, Result], grid: Mapping[str, Sequence[str]], folder: Path
-) -> None:
+def _print(results: Sequence[Result], choices: Mapping[str, Result], grid: Mapping[str, Sequence[str]]) -> None:
     fields = sorted((field for field in _varied(grid) if field != REPEATS), key=lambda field: field != "method")
     rows = []
     for result in sorted(results, key=lambda result: dict(result.point).get("method", "")):
@@ -278,7 +315,6 @@ def _print(
         out.print(f"choice: {_words(result.point)}")
         for edge in edges(result, results):
             out.print(f"  {edge}")
-    out.print(f"written to {folder / 'sweep.json'}")
 
 
 def _show(value: float) -> str:

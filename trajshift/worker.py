@@ -10,7 +10,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from trajshift.errors import UsageError
+from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipe import validate
 from trajshift.rundir import RunDirectory, disk_errors
 
@@ -26,15 +26,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, _leave)
     for line in sys.stdin:
         failure: str | None = None
+        diverged = False
         try:
             if not do(json.loads(line)):
                 sys.exit(128 + signal.SIGTERM)
         except UsageError as error:
-            failure = str(error)
+            failure, diverged = str(error), isinstance(error, NonFiniteLoss)
         except Exception as error:
             traceback.print_exc()
             failure = f"{type(error).__name__}: {error}"
-        answers.write(json.dumps({"failure": failure}) + "\n")
+        answers.write(json.dumps({"failure": failure, "diverged": diverged}) + "\n")
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -49,10 +50,10 @@ def do(job: dict[str, Any]) -> bool:
 
     recipe = validate(job["recipe"])
     run = RunDirectory(job["path"])
-    if not run.is_complete(recipe):
-        outcome = train(recipe, run.path, resume=True, quiet=True)
-        if not outcome.complete:
-            return False
+    if run.is_complete(recipe):
+        run.adopt(recipe)
+    elif not train(recipe, run.path, resume=True, quiet=True).complete:
+        return False
     if job["section"] is not None:
         set_threads(World(), recipe.threads)  # a run that was complete has not set its own
         with disk_errors(run.path):

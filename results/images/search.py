@@ -119,7 +119,7 @@ class TrainingFailed(Exception):
 
 
 class Diverged(TrainingFailed):
-    """A training stopped at a loss or parameter that is not finite."""
+    """A training or fine-tuning stopped at a loss or parameter that is not finite."""
 
 
 def run(study: Study, rates: Rates, seed: int) -> Path:
@@ -161,6 +161,9 @@ def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: 
     setting = {"study": study.name, "method": study.method, "horizon": study.horizon, **rates, "seed": seed}
     kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
     found = evaluate_runs([run(study, rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
+    for row in found:
+        if "error" in row:
+            raise Diverged(row["error"])
     distinct = dict.fromkeys(tuple(row[name] for name in kept) for row in found)  # the last checkpoint is phi again
     return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 

@@ -23,11 +23,10 @@ from statistics import fmean
 from typing import Any
 
 from trajshift.comparison import FINAL, SCRATCH, curves, show_p, summary_table
-from trajshift.evaluate import setting_of
 from trajshift.figures import comparison_figure, curve_figure, looks, save
 from trajshift.recipe import load
-from trajshift.rows import read_evaluation, read_jsonl
-from trajshift.statistics import Estimate, compare, interval
+from trajshift.rows import read_evaluation, read_jsonl, setting_of
+from trajshift.statistics import Estimate, compare, interval, show
 
 HERE = Path(__file__).parent
 TARGETS = ("cifar10", "dtd10", "sign_digits")
@@ -78,13 +77,6 @@ def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[in
     }
 
 
-def shown(estimate: Estimate | None, sign: str = "") -> str:
-    """`mean ± half width`."""
-    if estimate is None:
-        return "-"
-    return f"{estimate.mean:{sign}.2f}" + (f" ± {estimate.half_width:.2f}" if estimate.half_width is not None else "")
-
-
 def known_rows(starts: Iterable[str]) -> list[Row]:
     """All rows; refuses a start that none is from."""
     rows = list(all_rows())
@@ -104,7 +96,7 @@ def of_targets(starts: list[str]) -> None:
         print(f"\n**Up to {images:,} images, rate {rate}**\n\n| start | seeds | {' | '.join(TARGETS)} |\n|{'---|' * 5}")
         for start in starts:
             seeds = list(found[start].values())
-            cells = [shown(interval([by_target[target] for by_target in seeds])) for target in TARGETS]
+            cells = [show(interval([by_target[target] for by_target in seeds]), 2) for target in TARGETS]
             print(f"| {start} | {len(seeds)} | {' | '.join(cells)} |")
     draw_methods(rows, starts)
 
@@ -130,7 +122,9 @@ def compared(reference: str, starts: list[str]) -> None:
     print(f"| start | seeds | {columns} |\n|{'---|' * 6}")
     for start in (reference, *starts):
         seeds = len(by_setting[0][start])
-        print(f"| {start} | {seeds} | " + " | ".join(shown(interval([*a[start].values()])) for a in by_setting) + " |")
+        print(
+            f"| {start} | {seeds} | " + " | ".join(show(interval([*a[start].values()]), 2) for a in by_setting) + " |"
+        )
     print(f"\n| difference (points) | {columns} |\n|{'---|' * 5}")
     tests = [compare({name: a[name] for name in (reference, *starts)}, reference) for a in by_setting]
     for position, start in enumerate(starts):
@@ -140,7 +134,7 @@ def compared(reference: str, starts: list[str]) -> None:
             d = test.difference
             turned = None if d is None else Estimate(mean=-d.mean, half_width=d.half_width, count=d.count)
             p = "" if test.p is None or test.p_holm is None else f" ({show_p(test.p)}; {show_p(test.p_holm)})"
-            cells.append(shown(turned, "+") + p)
+            cells.append(show(turned, 2, signed=True) + p)
         print(f"| {start} - {reference} | " + " | ".join(cells) + " |")
 
 
@@ -178,14 +172,14 @@ def soon() -> None:
     print("| inner steps | trajectory-shifting | minus Reptile after 2,000 |\n|---|---|---|")
     for step in steps:
         behind = interval([value - last[seed] for seed, value in by_steps[step].items()])
-        print(f"| {step:,} | {shown(interval([*by_steps[step].values()]))} | {shown(behind, '+')} |")
+        print(f"| {step:,} | {show(interval([*by_steps[step].values()]), 2)} | {show(behind, 2, signed=True)} |")
     factors = []
     for seed, wanted in sorted(last.items()):
         values = [by_steps[step][seed] for step in steps]
         after = next(index for index, value in enumerate(values) if value >= wanted)
         share = (wanted - values[after - 1]) / (values[after] - values[after - 1])
         factors.append(steps[-1] / (steps[after - 1] + share * (steps[after] - steps[after - 1])))
-    print(f"\nfactor {shown(interval(factors))}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
+    print(f"\nfactor {show(interval(factors), 2)}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
 
 
 def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:

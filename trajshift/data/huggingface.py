@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from trajshift.data.hashing import key, permutation
 from trajshift.data.preparation import image_tensor, prepare_images
-from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source
+from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes
 from trajshift.errors import UsageError, nearest
 
 MEMORY_BYTES = 2**30
@@ -317,7 +317,7 @@ def _classes(what: str, split: Any, label: str) -> tuple[tuple[str, ...], Callab
         if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
             words = {name: number for number, name in enumerate(sorted(map(str, entries)))}
             return tuple(words), lambda entry: words.get(str(entry), -1)
-        names = tuple(map(str, range(max(entries) + 1)))
+        names = numbered_classes(max(entries), f"{what}: column {label!r}")
     places = {name: number for number, name in enumerate(names)}
     return names, lambda entry: entry if isinstance(entry, int) else places.get(entry, -1)
 

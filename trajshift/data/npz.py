@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trajshift.data.preparation import prepare_images
-from trajshift.data.sources import ArraySource, ImageData
+from trajshift.data.sources import ArraySource, ImageData, numbered_classes
 from trajshift.errors import UsageError
 
 
@@ -28,7 +28,10 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
     arrays = _read_npz(Path(path))
     names = arrays.get("class_names")
     train_labels = _checked_labels(path, "y_train", arrays)
-    outputs = int(train_labels.max()) + 1 if names is None else len(names)
+    class_names = (
+        numbered_classes(int(train_labels.max()), f"{path}: y_train") if names is None else tuple(map(str, names))
+    )
+    outputs = len(class_names)
     sources = {}
     for split in ("train", "test"):
         x, y = _checked_images(path, f"x_{split}", arrays), _checked_labels(path, f"y_{split}", arrays)
@@ -43,7 +46,6 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
         pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         images = prepare_images(pixels, size=size, channels=channels)
         sources[split] = ArraySource((images, torch.from_numpy(y)))
-    class_names = tuple(map(str, range(outputs) if names is None else names))
     return ImageData(train=sources["train"], test=sources["test"], outputs=outputs, class_names=class_names)
 
 

@@ -27,6 +27,9 @@ from trajshift.errors import UsageError
 if TYPE_CHECKING:
     from trajshift.task import Batch
 
+MAX_CLASSES = 1_000_000
+"""A larger class number is taken for an identifier."""
+
 _LABEL_NAMES = ("y", "label", "labels", "targets")
 
 
@@ -325,6 +328,17 @@ def stack_examples(examples: list[Any]) -> Batch:
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"examples do not stack into a batch ({reason}); give all the same shape") from error
+
+
+def numbered_classes(largest: int, what: str) -> tuple[str, ...]:
+    """Names of classes that have numbers alone: `0` to `largest`.
+
+    Raises:
+        UsageError: more classes than can be meant; `what` says whose.
+    """
+    if largest >= MAX_CLASSES:
+        raise UsageError(f"{what} has class number {largest}; use numbers from 0 to the count of classes, or names")
+    return tuple(map(str, range(largest + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

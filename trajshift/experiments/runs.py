@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trajshift.commands import need_report_extra
@@ -11,6 +11,9 @@ from trajshift.experiments.published import EXPERIMENTS, SCALES, Arms
 from trajshift.experiments.tuned import Tuned, read_tuned
 from trajshift.pool import Job, cores, run_jobs
 from trajshift.recipe import Recipe, load, split_override
+from trajshift.recipe_fields import at_least
+from trajshift.rows import collect
+from trajshift.rundir import disk_errors
 from trajshift.tables import console, print_summary
 
 _DECIDED = {"seed": "--seeds N", "output.directory": "--out DIR", "output.name": "--out DIR"}
@@ -99,9 +102,7 @@ def run_published(
         UsageError: what does not fit, or runs that failed; the page is written from the others.
     """
     need_report_extra()
-    from trajshift.evaluate import collect, summary_tables
-    from trajshift.report import write_report
-
+    at_least("--jobs", workers, 1, "run")
     rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, _base(name, scale, overrides).horizon)
     jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out, tuned=rates)
     folder, first = jobs[0].path.parent, jobs[0].recipe
@@ -111,21 +112,31 @@ def run_published(
         f"({len(jobs) // seeds} methods x {seeds} seeds), then {len(first.targets)} targets each; runs are in {folder}"
     )
     workers = workers or (cores() if first.device == "cpu" else 1)
-    failures = run_jobs(jobs, workers=workers, title=name, log=folder / f"{name}.log")
-    paths = [job.path for job in jobs if job.path not in failures]
-    if not paths:
-        raise UsageError(f"all runs of {name} failed; the first: {next(iter(failures.values()))}")
-    failed = [f"failed and left out: {path.name}: {failure}" for path, failure in failures.items()]
-    sizes = jobs[0].train_images or (first.finetune.train_images,)
-    rows, notes = collect(paths, train_images=sizes)
-    for summary in summary_tables(rows):
-        print_summary(summary)
-    for note in (*failed, *rates.notes, *notes):
-        say.print(f"note: {note}")
-    page = write_report(paths, folder / f"{name}.html", train_images=sizes, notes=(*failed, *rates.notes))
+    with disk_errors(folder, option="--out", again="the same command"):
+        failures = run_jobs(jobs, workers=workers, title=name, log=folder / f"{name}.log")
+        page = _write(name, jobs, failures, rates.notes)
     say.print(f"the page is {page}")
     if failures:
         count = f"{len(failures)} of {len(jobs)} runs"
         why = next(iter(failures.values()))
         raise UsageError(f"{count} failed and are left out of the page; the same command tries again; the first: {why}")
     return page
+
+
+def _write(name: str, jobs: Sequence[Job], failures: Mapping[Path, UsageError], notes: Sequence[str]) -> Path:
+    """Prints the comparison and writes the page of the runs that did not fail."""
+    from trajshift.comparison import summary_tables
+    from trajshift.report import write_report
+
+    paths = [job.path for job in jobs if job.path not in failures]
+    if not paths:
+        raise UsageError(f"all runs of {name} failed; the first: {next(iter(failures.values()))}")
+    failed = [f"failed and left out: {path.name}: {failure}" for path, failure in failures.items()]
+    sizes = jobs[0].train_images or (jobs[0].recipe.finetune.train_images,)
+    rows, left_out = collect(paths, train_images=sizes, as_asked=True)
+    for summary in summary_tables(rows):
+        print_summary(summary)
+    for note in (*failed, *notes, *left_out):
+        console().print(f"note: {note}")
+    page = jobs[0].path.parent / f"{name}.html"
+    return write_report(paths, page, train_images=sizes, as_asked=True, notes=(*failed, *notes))

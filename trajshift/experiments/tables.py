@@ -1,11 +1,11 @@
-"""How experiments tell their numbers: tables, estimates, p-values; torch-free."""
+"""How experiments tell their numbers: tables and p-values; torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trajshift.statistics import Estimate, PairedTest
+from trajshift.statistics import PairedTest
 
 LEVEL = 0.05
 """Of the tests, after Holm's correction."""
@@ -23,14 +23,6 @@ class Table:
         """The table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self.caption}\n"
-
-
-def show(estimate: Estimate | None, digits: int = 3, sign: bool = False) -> str:
-    """`1.23 ± 0.45`."""
-    if estimate is None:
-        return "-"
-    mean = f"{estimate.mean:{'+' if sign else ''}.{digits}f}"
-    return mean if estimate.half_width is None else f"{mean} ± {estimate.half_width:.{digits}f}"
 
 
 def show_p(test: PairedTest) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trajshift.errors import UsageError
 
-_RATES = ("meta_lr", "meta", "inner")
+_RATES = ("meta_lr", "meta", "metagrad_options", "inner")
 """Fields and sections that are taken from a sweep; what else it varied or set is not the experiment's."""
 _AGAIN = "sweep again with method=A,B,... among the fields"
 
@@ -26,7 +26,7 @@ class Tuned:
 
 
 def read_tuned(files: Sequence[Path], recipe: str, horizon: int) -> Tuned:
-    """The rates (`meta_lr`, `meta.*`, `inner.*`) in the sweep.json of sweeps over `method` and other fields.
+    """The rates (fields and sections of `_RATES`) in the sweep.json of sweeps over `method` and other fields.
 
     Raises:
         UsageError: no such file, one without a choice for each method, a sweep of another recipe or at another horizon,

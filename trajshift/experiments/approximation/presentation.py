@@ -25,12 +25,12 @@ from trajshift.experiments.approximation.summary import (
     measured,
     slopes,
 )
-from trajshift.experiments.tables import LEVEL, Table, show
+from trajshift.experiments.tables import LEVEL, Table
 from trajshift.figures import save
 from trajshift.page import Page
 from trajshift.recipe import Recipe
 from trajshift.rundir import environment, replace_file
-from trajshift.statistics import Estimate
+from trajshift.statistics import Estimate, show
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check

@@ -17,8 +17,8 @@ from trajshift.experiments.landscape.summary import (
     compared,
     lower,
 )
-from trajshift.experiments.tables import Table, show, show_p
-from trajshift.statistics import Estimate, PairedTest, compare, interval
+from trajshift.experiments.tables import Table, show_p
+from trajshift.statistics import Estimate, PairedTest, compare, interval, show
 
 if TYPE_CHECKING:
     from trajshift.experiments.landscape.experiment import Results
@@ -126,7 +126,7 @@ def _number_of_optima(results: Results, found: Findings) -> None:
         f"Published set, from a {settings.side} x {settings.side} grid: {published}. "
         f"Random sets, each from a {settings.optima_side} x {settings.optima_side} grid: "
         + " against ".join(f"{show(interval(list(of.values())), 1)} clusters at {name}" for name, of in counts.items())
-        + f" (difference {show(test.difference, 1, sign=True)}, p {show_p(test)})."
+        + f" (difference {show(test.difference, 1, signed=True)}, p {show_p(test)})."
     )
     found.claims.append(
         Claim(f"There are fewer meta-level optima at k = {short} than at k = {long}.", _judge(lower(test)), evidence)
@@ -199,7 +199,7 @@ def _early_agreement(results: Results, found: Findings) -> None:
         Claim(
             f"They are closer to each other early (meta-update {first}) than late ({last}).",
             _judge(lower(growth)),
-            f"Early - late: {show(growth.difference, sign=True)} (p {show_p(growth)}).",
+            f"Early - late: {show(growth.difference, signed=True)} (p {show_p(growth)}).",
         ),
     ]
     found.numbers["cosine between trajectory-shifting and accurate"] = cosines
@@ -223,12 +223,14 @@ def _by_mark(values: dict[int, list[float]]) -> str:
 
 def _difference(test: PairedTest) -> str:
     """A pair in mean final quality."""
-    return f"{test.first} - {test.second} in mean final quality: {show(test.difference, sign=True)} (p {show_p(test)})"
+    return (
+        f"{test.first} - {test.second} in mean final quality: {show(test.difference, signed=True)} (p {show_p(test)})"
+    )
 
 
 def _points(test: PairedTest) -> str:
     """The same pair in the share of good ends."""
-    difference = show(test.difference, 1, sign=True)
+    difference = show(test.difference, 1, signed=True)
     return f"in the share of starts that end in the best tenth of the domain: {difference} points (p {show_p(test)})"
 
 

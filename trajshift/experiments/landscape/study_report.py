@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,12 +14,10 @@ from trajshift.experiments.landscape.measure import METHODS, Limit, yardsticks
 from trajshift.experiments.landscape.study import Row, StudySettings, key_of, limit_of
 from trajshift.experiments.landscape.summary import Comparison, compared
 from trajshift.experiments.perform import Key
-from trajshift.experiments.tables import Table, show, show_p
+from trajshift.experiments.tables import Table, show_p
 from trajshift.figures import save
 from trajshift.rundir import environment, replace_file
-
-if TYPE_CHECKING:
-    from trajshift.statistics import PairedTest
+from trajshift.statistics import PairedTest, show
 
 Rows = Mapping[Key, Row]
 
@@ -100,4 +97,4 @@ def _tests(comparison: Comparison) -> Table:
 
 
 def _cells(test: PairedTest, digits: int) -> tuple[str, str]:
-    return show(test.difference, digits, sign=True), show_p(test)
+    return show(test.difference, digits, signed=True), show_p(test)
