@@ -4,6 +4,8 @@ Command: python results/images/tables.py                                    # th
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
          python results/images/tables.py --targets START...                 # every target, in each of four settings;
                                                                             # draws methods.svg
+         python results/images/tables.py --horizon                          # shifting and Reptile at each K;
+                                                                            # draws horizon.svg
          python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
                                                                             # draws soon.svg
 
@@ -26,10 +28,15 @@ from trajshift.comparison import FINAL, SCRATCH, curves, show_p, summary_table
 from trajshift.figures import comparison_figure, curve_figure, looks, save
 from trajshift.recipe import load
 from trajshift.rows import read_evaluation, read_jsonl, setting_of
-from trajshift.statistics import Estimate, compare, interval, show
+from trajshift.statistics import Estimate, compare, holm, interval, paired_test, show
 
 HERE = Path(__file__).parent
 TARGETS = ("cifar10", "dtd10", "sign_digits")
+HORIZONS = {
+    "trajectory-shifting": {20: "horizon-20", 200: "trajectory-shifting", 1000: "horizon-1000"},
+    "reptile": {20: "reptile-horizon-20", 200: "reptile", 1000: "reptile-horizon-1000"},
+}
+"""Method -> K -> start."""
 SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
 Row = dict[str, Any]
 
@@ -182,6 +189,48 @@ def soon() -> None:
     print(f"\nfactor {show(interval(factors), 2)}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
 
 
+def horizons() -> None:
+    """Prints both methods and their paired difference at each K, p corrected over a column; draws horizon.svg."""
+    places = {start: (method, k) for method, by_k in HORIZONS.items() for k, start in by_k.items()}
+    rows = known_rows(places)
+    columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
+    print(f"| K | start | seeds | {columns} |\n|{'---|' * 7}")
+    by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
+    shifting, reptile = HORIZONS.values()
+    tests = [[paired_test(found[shifting[k]], found[reptile[k]]) for k in shifting] for found in by_setting]
+    corrected = [holm([test.p or 0.0 for test in column]) for column in tests]
+    for place, k in enumerate(shifting):
+        for method, by_k in HORIZONS.items():
+            cells = [show(interval([*found[by_k[k]].values()]), 2) for found in by_setting]
+            print(f"| {k:,} | {method} | {len(by_setting[0][by_k[k]])} | {' | '.join(cells)} |")
+        cells = [
+            f"{show(column[place].difference, 2, signed=True)} ({show_p(column[place].p or 0.0)}; {show_p(ps[place])})"
+            for column, ps in zip(tests, corrected, strict=True)
+        ]
+        print(f"| {k:,} | shifting - Reptile | {tests[0][place].count} | {' | '.join(cells)} |")
+    draw_horizons(rows, places)
+
+
+def draw_horizons(rows: Iterable[Row], places: dict[str, tuple[str, int]]) -> None:
+    """Draws horizon.svg: the average over targets of both methods against K, in each of four settings."""
+    chosen = [
+        row | {"label": places[row["start"]][0], "horizon": places[row["start"]][1]}
+        for row in rows
+        if row["start"] in places and row["target"] in TARGETS
+    ]
+    panels = {
+        f"{images:,} images, rate {rate}": curves(
+            [row for row in chosen if (row["train_images"], row["finetune_lr"]) == (images, rate)],
+            "horizon",
+            metric="accuracy",
+        )
+        for images, rate in SETTINGS
+    }
+    figure = curve_figure(panels, looks([*HORIZONS]), metric="accuracy", xlabel="horizon K", log=True)
+    save(figure, "horizon", HERE)
+    (HERE / "horizon.png").unlink()
+
+
 def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
     """Draws soon.svg: shifting against inner steps, Reptile's last accuracy as a level."""
     panels, levels, level = {}, {}, "reptile after 2,000"
@@ -197,6 +246,8 @@ def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--soon"]:
         soon()
+    elif sys.argv[1:] == ["--horizon"]:
+        horizons()
     elif sys.argv[1:2] == ["--targets"]:
         of_targets(sys.argv[2:])
     elif len(sys.argv) > 1:
