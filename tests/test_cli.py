@@ -15,7 +15,6 @@ import pytest
 from trajshift import checkpoint
 from trajshift.cli import main
 from trajshift.demo import demo_jobs
-from trajshift.pool import Job, run_jobs
 from trajshift.progress import Progress, duration
 from trajshift.recipe import load
 from trajshift.rundir import RunDirectory, read_rows
@@ -457,38 +456,6 @@ def test_sweep_chooses_and_goes_on(trajshift: Command, folder: Path) -> None:
     assert files(runs, "sweep.json") == before
     status, _, err = trajshift("sweep", "tiny.yaml", *grid, "inner.lr=0.1,0.2", "horizon=0", "--jobs", 1)
     assert (status, "horizon is 0" in err) == (2, True)
-
-
-def test_a_run_that_kills_its_process_fails_alone(folder: Path) -> None:
-    (folder / "own.py").write_text("import os\ndef leave(name): os._exit(9)\n")
-    quick = ("rounds=1", "horizon=1")
-    bad = Job(path=folder / "bad", recipe=load("tiny.yaml", ["tasks.a.source=own:leave", *quick]))
-    good = Job(path=folder / "good", recipe=load("tiny.yaml", quick))
-    failures = run_jobs([bad, good], workers=1, title="both", log=folder / "log.txt")
-    assert list(failures) == [folder / "bad"]
-    assert "status 9" in str(failures[folder / "bad"])
-    assert RunDirectory(folder / "good").is_complete(good.recipe)
-
-
-def test_without_a_process_a_run_fails_and_nobody_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*arguments: object, **options: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr("trajshift.pool.subprocess.Popen", none)
-    job = Job(path=folder / "one", recipe=load("tiny.yaml", ["rounds=1"]))
-    failures = run_jobs([job], workers=1, title="one", log=folder / "log.txt")
-    assert "Cannot allocate memory" in str(failures[folder / "one"])
-
-
-def test_a_damaged_timing_is_said_and_stops_no_progress(trajshift: Command, folder: Path) -> None:
-    trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
-    run = RunDirectory(folder / "runs/one")
-    assert run.last_step() > 0
-    with open(run.path / "timing.jsonl", "a") as file:
-        file.write("garbage\n")
-    assert run.last_step() == 0
-    status, _, err = trajshift("train", "--resume", "runs/one", "rounds=9")
-    assert (status, "timing.jsonl is damaged" in err, "mend or delete the line" in err) == (2, True, True)
 
 
 def test_demo_compares_whole_pipelines_with_equal_budgets(folder: Path) -> None:

@@ -362,3 +362,13 @@ def test_a_second_interrupt_is_obeyed_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_damaged_timing_is_said_and_stops_no_progress(tmp_path: Path) -> None:
+    run = RunDirectory(go(tmp_path / "run"))
+    assert run.last_step() == END
+    with open(run.path / "timing.jsonl", "a") as file:
+        file.write("garbage\n")
+    assert run.last_step() == 0
+    with pytest.raises(UsageError, match=r"timing.jsonl is damaged .*; mend or delete the line"):
+        go(run.path, "rounds=3", resume=True)

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trajshift import pool
 from trajshift.errors import UsageError
 from trajshift.pool import Job
-from trajshift.recipe import load
 from trajshift.rows import read_evaluation
 from trajshift.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
 from trajshift.task import Task
@@ -181,17 +179,3 @@ def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) 
         0.5,
         None,
     ]
-
-
-def test_fine_tuning_is_progress_too(recipe: str, tmp_path: Path) -> None:
-    """Of 20 steps of training and 2 starts x 3 sizes x 1 task x 7 steps the rows say what is done."""
-    made = load(recipe, ["finetune.steps=7"])
-    job = Job(path=tmp_path / "run", recipe=made, section="tuning", scratch=True, train_images=(5, 10, 20))
-    assert pool._total([job]) == 20 + 42
-    job.path.mkdir()
-    (job.path / "timing.jsonl").write_text('{"step": 20, "seconds": 1.0}\n')
-    (job.path / "evaluation.jsonl").write_text("{}\n{}\n{}")
-    assert pool._done([job]) == 20 + 14
-    assert pool._done([job], {job.path}) == 62
-    kept = load(recipe, ["finetune.steps=7", "output.checkpoint_every=8", "output.keep=2"])
-    assert pool._total([Job(path=job.path, recipe=kept, section="tuning", checkpoints=True)]) == 20 + 21
