@@ -208,6 +208,19 @@ def horizons() -> None:
             for column, ps in zip(tests, corrected, strict=True)
         ]
         print(f"| {k:,} | shifting - Reptile | {tests[0][place].count} | {' | '.join(cells)} |")
+    rises = []
+    for found in by_setting:
+        leads = [
+            {
+                seed: value - found[reptile[k]][seed]
+                for seed, value in found[shifting[k]].items()
+                if seed in found[reptile[k]]
+            }
+            for k in (1000, 20)
+        ]
+        test = paired_test(*leads)
+        rises.append(f"{show(test.difference, 2, signed=True)} ({show_p(test.p or 0.0)})")
+    print(f"| 1,000 - 20 | shifting - Reptile | {test.count} | {' | '.join(rises)} |")
     draw_horizons(rows, places)
 
 
