@@ -218,7 +218,7 @@ def horizons() -> None:
             }
             for k in (1000, 20)
         ]
-        test = paired_test(*leads)
+        test = paired_test(leads[0], leads[1])
         rises.append(f"{show(test.difference, 2, signed=True)} ({show_p(test.p or 0.0)})")
     print(f"| 1,000 - 20 | shifting - Reptile | {test.count} | {' | '.join(rises)} |")
     draw_horizons(rows, places)
