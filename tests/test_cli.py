@@ -429,7 +429,7 @@ def test_finetune_evaluate_report(trajshift: Command, folder: Path) -> None:
         (["sweep", "tiny.yaml", "meta_lr=1,2", "output.name=a"], "give --output DIR instead"),
         (["sweep", "tiny.yaml", "meta_lr=1,2", "--jobs", "-3"], "--jobs is -3; it must be at least 1 run"),
         (["sweep", "tiny.yaml", "meta_lr=1,2", "--output", "tiny.yaml"], "choose another --output"),
-        (["report", ".", "--output", "tiny.yaml/page.html"], "."),
+        (["report", ".", "--output", "tiny.yaml/page.html"], "is a folder without recipe.yaml"),
         (["evaluate", "nowhere", "--threads", "-1"], "--threads is -1; it must be at least 1 thread"),
         (["sweep", "tiny.yaml", "tuning={}", "meta_lr=1,2"], "tuning"),
         (["sweep", "tiny.yaml", "mta_lr=1,2"], "did you mean 'meta_lr'"),

@@ -228,9 +228,8 @@ class _Worker(threading.Thread):
                 break
             try:
                 failure = self._do(job)
-            except (
-                Exception
-            ) as error:  # no process to be had, an answer that is none: the others must not wait for ever
+            # No process to be had, an answer that is none: nobody must wait for ever.
+            except Exception as error:
                 failure = UsageError(f"{type(error).__name__}: {error}")
             if not self._stopping:
                 self._results.put((job.path, failure))

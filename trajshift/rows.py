@@ -7,13 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from trajshift.comparison import FINAL, UNTRAINED, Row, label_runs
 from trajshift.errors import UsageError
 from trajshift.recipe import Recipe, flatten, load
-from trajshift.rundir import RunDirectory, read_rows
+from trajshift.rundir import RunDirectory, read_jsonl
 
 FILE = "evaluation.jsonl"
 _FIELDS = {"checkpoint": (str, int), "target": str, "steps": int, "seed": int, "inner_steps": int, "method": str}
@@ -66,31 +65,6 @@ def collect(
 def read_evaluation(path: Path | str) -> list[Row]:
     """The rows of a run's evaluation.jsonl; a half-written last line is left out, a missing file has none."""
     return read_jsonl(Path(path) / FILE, _FIELDS)
-
-
-def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[Row]:
-    """The whole rows of a .jsonl file.
-
-    Args:
-        file: one mapping in a line.
-        fields: what every row must have: field -> type, or a tuple of types.
-
-    Raises:
-        UsageError: the file is damaged; says where, and how to go on.
-    """
-    try:
-        rows = read_rows(file)
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UsageError(f"{file} is damaged (line {number} is no mapping); mend or delete the line")
-        for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
-                raise UsageError(
-                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); mend or delete the line"
-                )
-    return rows
 
 
 def append_row(file: Path, row: Row) -> None:

@@ -19,11 +19,12 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from trajshift.errors import UsageError
@@ -191,15 +192,7 @@ class RunDirectory:
         Raises:
             UsageError: the file is damaged.
         """
-        file = self.path / "timing.jsonl"
-        try:
-            rows = read_rows(file)
-        except ValueError as error:
-            raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
-        for row in rows:
-            if not isinstance(row, dict) or "step" not in row:
-                raise UsageError(f"{file} is damaged ({row} is no row of it); mend or delete the line")
-        return rows
+        return read_jsonl(self.path / "timing.jsonl", {"step": int})
 
     def write_row(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl and one to timing.jsonl."""
@@ -227,6 +220,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break
         rows.append(json.loads(line))
+    return rows
+
+
+def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """The whole rows of a .jsonl file.
+
+    Args:
+        file: one mapping in a line.
+        fields: what every row must have: field -> type, or a tuple of types.
+
+    Raises:
+        UsageError: the file is damaged; says where, and how to go on.
+    """
+    try:
+        rows = read_rows(file)
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{file} is damaged (line {number} is no mapping); mend or delete the line")
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind):
+                raise UsageError(
+                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); mend or delete the line"
+                )
     return rows
 
 
@@ -367,6 +385,7 @@ __all__ = [
     "disk_errors",
     "environment",
     "fingerprint",
+    "read_jsonl",
     "read_rows",
     "replace_file",
     "resumed_recipe",

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trajshift.data.hashing import key, permutation
+from trajshift.data.hashing import key
 from trajshift.data.preparation import image_tensor, prepare_images
-from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes
+from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes, shuffled_by_class
 from trajshift.errors import UsageError, nearest
 
 MEMORY_BYTES = 2**30
@@ -109,9 +109,7 @@ def open_images(
 
 def _divided(images: DecodedImages, share: float) -> dict[str, DecodedImages]:
     """Images of one split to train and to test on, `share` of each class for testing."""
-    order = permutation(key("share for testing"), len(images))
-    order = order[images.targets[order].argsort(stable=True)]
-    classes = order.split(torch.bincount(images.targets).tolist())
+    classes = shuffled_by_class(images.targets, key("share for testing"))
     held = [own[: round(share * len(own))] for own in classes] if 0 < share < 1 else []
     if not any(map(len, held)):
         raise UsageError(

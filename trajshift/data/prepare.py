@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trajshift.data.caches import MANIFEST, SPLITS, checksum, members_only, read_manifest
-from trajshift.data.hashing import key, permutation
+from trajshift.data.hashing import key
 from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images, silenced
 from trajshift.data.registry import DataSet, differences, find
+from trajshift.data.sources import shuffled_by_class
 from trajshift.data.stream import workers_alive
 from trajshift.errors import UsageError, nearest
 from trajshift.progress import Progress
@@ -116,9 +117,7 @@ def _differences(entry: DataSet, opened: OpenedImages) -> list[str]:
 
 def _few(images: DecodedImages, each: int, name: str, split: str) -> DecodedImages:
     """Up to `each` random images of every class, the same whenever they are drawn, in the order of the repository."""
-    order = permutation(key(name, "per_class", split), len(images))
-    order = order[images.targets[order].argsort(stable=True)]
-    classes = order.split(torch.bincount(images.targets).tolist())
+    classes = shuffled_by_class(images.targets, key(name, "per_class", split))
     places = torch.cat([own[:each] for own in classes]).sort().values
     return images.select(places, images.targets[places])
 

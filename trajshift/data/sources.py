@@ -261,6 +261,13 @@ def class_balanced_subset(source: Source, n: int, key: int) -> Tensor:
     return order[torch.argsort(rank_in_class, stable=True)][:n]
 
 
+def shuffled_by_class(labels: Tensor, key: int) -> tuple[Tensor, ...]:
+    """For each class of `labels` (int64 `[N]`) the numbers of its examples, in random order."""
+    order = permutation(key, len(labels))
+    order = order[labels[order].argsort(stable=True)]
+    return order.split(torch.bincount(labels).tolist())
+
+
 def labels_of(source: Source) -> Tensor | None:
     """The class of every example, int64 `[N]` on the CPU; None where examples carry no integer label.
 
