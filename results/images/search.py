@@ -45,7 +45,7 @@ class Study:
     """iMAML's lambda; the others have none."""
     order: tuple[str, ...] = ()
     """The rates searched, one after the other; none where they are those of an earlier study."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     overrides: tuple[str, ...] = ()
     images: tuple[int, ...] = (250, 1000)
     finetune_lrs: tuple[float, ...] = FINETUNE_LRS
@@ -67,44 +67,34 @@ EARLY = Study(
     every=200,
 )
 CANDIDATE = Study(name="candidate", method="trajectory-shifting", meta_lr=0.1, seeds=(), candidate=True)
+THREE = (0, 1, 2)
 META_FIRST = ("meta_lr", "inner_lr", "meta_lr")
 AT_32 = ("data.size=32", "data.crop_padding=4", "autocast=bfloat16")
 STUDIES = (
     *(replace(EARLY, name=f"early-{seed}", seeds=(seed,)) for seed in range(5)),
-    Study(
-        name="single-task",
-        method="single-task",
-        order=("inner_lr",),
-        seeds=(0, 1, 2, 3, 4),
-        overrides=("train_on=[tinyimagenet_a]",),
-    ),
+    Study(name="single-task", method="single-task", order=("inner_lr",), overrides=("train_on=[tinyimagenet_a]",)),
     Study(name="horizon-1000", method="trajectory-shifting", horizon=1000, meta_lr=0.02, order=("meta_lr",)),
     Study(name="horizon-20", method="trajectory-shifting", horizon=20, meta_lr=1.0, order=("meta_lr",)),
-    Study(name="accurate", method="accurate", horizon=20, steps=200, meta_lr=0.2),
-    Study(name="horizon-20-short", method="trajectory-shifting", horizon=20, steps=200, meta_lr=0.2),
+    Study(name="accurate", method="accurate", horizon=20, steps=200, meta_lr=0.2, seeds=THREE),
+    Study(name="horizon-20-short", method="trajectory-shifting", horizon=20, steps=200, meta_lr=0.2, seeds=THREE),
     Study(
         name="single-task-long",
         method="single-task",
         steps=16000,
         inner_lr=0.01,
+        seeds=THREE,
         overrides=("train_on=[tinyimagenet_a]",),
     ),
-    Study(
-        name="random-shifting",
-        method="random-shifting",
-        meta_lr=0.05,
-        order=("inner_lr", "meta_lr"),
-        seeds=(0, 1, 2, 3, 4),
-    ),
-    Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST, seeds=(0, 1, 2, 3, 4)),
+    Study(name="random-shifting", method="random-shifting", meta_lr=0.05, order=("inner_lr", "meta_lr")),
+    Study(name="leap", method="leap", meta_lr=0.5, order=META_FIRST),
     Study(name="fomaml++", method="fomaml++", meta_lr=0.1, order=META_FIRST),
     Study(name="fomaml", method="fomaml", meta_lr=1.0, order=META_FIRST),
     Study(name="imaml", method="imaml", meta_lr=1.0, strength=0.1, order=("strength", *META_FIRST)),
     Study(name="anil", method="anil", meta_lr=1.0, order=META_FIRST),
     Study(name="reptile-horizon-1000", method="reptile", horizon=1000, meta_lr=2.0, order=("meta_lr",)),
     Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
-    Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, overrides=AT_32),
-    Study(name="reptile-size-32", method="reptile", meta_lr=2.0, overrides=AT_32),
+    Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, seeds=THREE, overrides=AT_32),
+    Study(name="reptile-size-32", method="reptile", meta_lr=2.0, seeds=THREE, overrides=AT_32),
     replace(CANDIDATE, name="shifting every 5 steps", meta_lr=0.5, overrides=("meta_every=5",)),
     replace(CANDIDATE, name="shifting, horizon grows", variant="growing-horizon"),
     replace(CANDIDATE, name="shifting, heads renewed", overrides=("renew=[heads]",)),
