@@ -55,6 +55,8 @@ class Study:
     """Scored on mnist at these rates, as one of the candidates of README.md."""
     variant: str | None = None
     """One of variants.py."""
+    pair: str | None = None
+    """Two sources of PAIRS in the place of all eight."""
 
 
 EARLY = Study(
@@ -69,6 +71,8 @@ EARLY = Study(
 CANDIDATE = Study(name="candidate", method="trajectory-shifting", meta_lr=0.1, seeds=(), candidate=True)
 THREE = (0, 1, 2)
 META_FIRST = ("meta_lr", "inner_lr", "meta_lr")
+PAIRS = {"alike": "tinyimagenet_a,tinyimagenet_b", "unlike": "tinyimagenet_a,kannada_mnist"}
+"""By the cosines of conflict.py, the highest and the lowest with tinyimagenet_a."""
 AT_32 = ("data.size=32", "data.crop_padding=4", "autocast=bfloat16")
 STUDIES = (
     *(replace(EARLY, name=f"early-{seed}", seeds=(seed,)) for seed in range(5)),
@@ -95,6 +99,15 @@ STUDIES = (
     Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
     Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, seeds=THREE, overrides=AT_32),
     Study(name="reptile-size-32", method="reptile", meta_lr=2.0, seeds=THREE, overrides=AT_32),
+    *(
+        replace(study, name=f"{study.method}-{pair}", pair=pair, seeds=THREE)
+        for pair in PAIRS
+        for study in (
+            Study(name="", method="trajectory-shifting", meta_lr=0.1, order=("meta_lr",)),
+            Study(name="", method="reptile", meta_lr=2.0, order=("meta_lr",)),
+            Study(name="", method="mtl", inner_lr=0.2, order=("inner_lr",)),
+        )
+    ),
     replace(CANDIDATE, name="shifting every 5 steps", meta_lr=0.5, overrides=("meta_every=5",)),
     replace(CANDIDATE, name="shifting, horizon grows", variant="growing-horizon"),
     replace(CANDIDATE, name="shifting, heads renewed", overrides=("renew=[heads]",)),
@@ -138,6 +151,7 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
             f"output.checkpoint_every={study.every or 500}",
             *(("output.keep=null",) if study.every else ()),
             *study.overrides,
+            *([f"train_on=[{PAIRS[study.pair]}]"] if study.pair else []),
         ]
     program = ["-m", "trajshift"] if study.variant is None else [str(HERE / "variants.py"), study.variant]
     done = subprocess.run([sys.executable, *program, "train", *command, "--quiet"], stderr=subprocess.PIPE, text=True)
@@ -149,6 +163,8 @@ def run(study: Study, rates: Rates, seed: int) -> Path:
 def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: Any) -> list[dict[str, Any]]:
     """Rows of one run's fine-tunings at one rate."""
     setting = {"study": study.name, "method": study.method, "horizon": study.horizon, **rates, "seed": seed}
+    if study.pair:
+        setting["pair"] = study.pair
     kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
     found = evaluate_runs([run(study, rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
     for row in found:
@@ -172,7 +188,8 @@ def score(study: Study, rates: Rates) -> float:
         file, wanted = CANDIDATES, {"candidate": study.name, "rates": label, "target": "mnist"}
 
     def known() -> list[dict[str, Any]]:
-        return [row for row in read_jsonl(file) if wanted.items() <= row.items()]
+        rows = [row for row in read_jsonl(file) if row.get("pair") == study.pair]
+        return [row for row in rows if wanted.items() <= row.items()]
 
     for rate in FINETUNE_LRS:
         if sum(row["finetune_lr"] == rate for row in known()) < 3:

@@ -150,7 +150,8 @@ def tuned() -> None:
     found: dict[tuple[str, int, float, float, float, float], list[float]] = defaultdict(list)
     for row in read_jsonl(HERE / "tuning.jsonl"):
         chosen = (row["inner_lr"], row["meta_lr"] or 0.0, row.get("strength", 0.0), row["finetune_lr"])
-        place = (row["method"], row["horizon"], *chosen)
+        method = f"{row['method']}, {row['pair']} pair" if "pair" in row else row["method"]
+        place = (method, row["horizon"], *chosen)
         found[place].append(100 * row["accuracy"])
     done = {place[:5] for place in found if all(len(found.get((*place[:5], rate), ())) == 3 for rate in (0.1, 0.03))}
     scores = {place: fmean(values) for place, values in found.items() if place[:5] in done}
