@@ -6,6 +6,7 @@ Command: python results/images/tables.py                                    # th
                                                                             # draws methods.svg
          python results/images/tables.py --horizon                          # shifting and Reptile at each K;
                                                                             # draws horizon.svg
+         python results/images/tables.py --leads A B C D                    # A - B beside C - D, and how they differ
          python results/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
                                                                             # draws soon.svg
 
@@ -28,7 +29,7 @@ from trajshift.comparison import FINAL, SCRATCH, curves, show_p, summary_table
 from trajshift.figures import comparison_figure, curve_figure, looks, save
 from trajshift.recipe import load
 from trajshift.rows import read_evaluation, read_jsonl, setting_of
-from trajshift.statistics import Estimate, compare, holm, interval, paired_test, show
+from trajshift.statistics import Estimate, PairedTest, compare, holm, interval, paired_test, show
 
 HERE = Path(__file__).parent
 TARGETS = ("cifar10", "dtd10", "sign_digits")
@@ -38,6 +39,7 @@ HORIZONS = {
 }
 """Method -> K -> start."""
 SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
+COLUMNS = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
 Row = dict[str, Any]
 
 
@@ -125,14 +127,13 @@ def compared(reference: str, starts: list[str]) -> None:
     """Prints averages, then every start minus the reference, as `points (p; p after Holm)`."""
     rows = known_rows([reference, *starts])
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
-    columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
-    print(f"| start | seeds | {columns} |\n|{'---|' * 6}")
+    print(f"| start | seeds | {COLUMNS} |\n|{'---|' * 6}")
     for start in (reference, *starts):
         seeds = len(by_setting[0][start])
         print(
             f"| {start} | {seeds} | " + " | ".join(show(interval([*a[start].values()]), 2) for a in by_setting) + " |"
         )
-    print(f"\n| difference (points) | {columns} |\n|{'---|' * 5}")
+    print(f"\n| difference (points) | {COLUMNS} |\n|{'---|' * 5}")
     tests = [compare({name: a[name] for name in (reference, *starts)}, reference) for a in by_setting]
     for position, start in enumerate(starts):
         cells = []
@@ -194,8 +195,7 @@ def horizons() -> None:
     """Prints both methods and their paired difference at each K, p corrected over a column; draws horizon.svg."""
     places = {start: (method, k) for method, by_k in HORIZONS.items() for k, start in by_k.items()}
     rows = known_rows(places)
-    columns = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
-    print(f"| K | start | seeds | {columns} |\n|{'---|' * 7}")
+    print(f"| K | start | seeds | {COLUMNS} |\n|{'---|' * 7}")
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
     shifting, reptile = HORIZONS.values()
     tests = [[paired_test(found[shifting[k]], found[reptile[k]]) for k in shifting] for found in by_setting]
@@ -209,20 +209,40 @@ def horizons() -> None:
             for column, ps in zip(tests, corrected, strict=True)
         ]
         print(f"| {k:,} | shifting - Reptile | {tests[0][place].count} | {' | '.join(cells)} |")
-    rises = []
-    for found in by_setting:
-        leads = [
-            {
-                seed: value - found[reptile[k]][seed]
-                for seed, value in found[shifting[k]].items()
-                if seed in found[reptile[k]]
-            }
-            for k in (1000, 20)
-        ]
-        test = paired_test(leads[0], leads[1])
-        rises.append(f"{show(test.difference, 2, signed=True)} ({show_p(test.p or 0.0)})")
-    print(f"| 1,000 - 20 | shifting - Reptile | {test.count} | {' | '.join(rises)} |")
+    four = [start[k] for k in (1000, 20) for start in (shifting, reptile)]
+    changes = [lead_change(found, *four) for found in by_setting]
+    print(f"| 1,000 - 20 | shifting - Reptile | {changes[0].count} | {' | '.join(map(with_p, changes))} |")
     draw_horizons(rows, places)
+
+
+def lead(found: dict[str, dict[int, float]], first: str, second: str) -> dict[int, float]:
+    """first - second by seed, where both have it."""
+    return {seed: found[first][seed] - found[second][seed] for seed in found[first].keys() & found[second]}
+
+
+def lead_change(found: dict[str, dict[int, float]], *starts: str) -> PairedTest:
+    """Of four starts a, b, c and d: a - b against c - d, seed by seed."""
+    a, b, c, d = starts
+    return paired_test(lead(found, a, b), lead(found, c, d))
+
+
+def leads(*starts: str) -> None:
+    """Prints a - b, c - d and the difference between the two; p as it is."""
+    rows = known_rows(starts)
+    by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
+    a, b, c, d = starts
+    print(f"| difference (points) | seeds | {COLUMNS} |\n|{'---|' * 6}")
+    for name, tests in (
+        (f"{a} - {b}", [paired_test(found[a], found[b]) for found in by_setting]),
+        (f"{c} - {d}", [paired_test(found[c], found[d]) for found in by_setting]),
+        ("the first - the second", [lead_change(found, *starts) for found in by_setting]),
+    ):
+        print(f"| {name} | {tests[0].count} | {' | '.join(map(with_p, tests))} |")
+
+
+def with_p(test: PairedTest) -> str:
+    """Points and p."""
+    return show(test.difference, 2, signed=True) + ("" if test.p is None else f" ({show_p(test.p)})")
 
 
 def draw_horizons(rows: Iterable[Row], places: dict[str, tuple[str, int]]) -> None:
@@ -262,6 +282,8 @@ if __name__ == "__main__":
         soon()
     elif sys.argv[1:] == ["--horizon"]:
         horizons()
+    elif sys.argv[1:2] == ["--leads"] and len(sys.argv) == 6:
+        leads(*sys.argv[2:])
     elif sys.argv[1:2] == ["--targets"]:
         of_targets(sys.argv[2:])
     elif len(sys.argv) > 1:
