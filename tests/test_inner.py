@@ -14,6 +14,7 @@ from quadratics import DIMENSION, curvatures, gradient, phi_of, start, tasks, th
 from torch import nn
 
 from trajshift import Inner, Task, UsageError
+from trajshift.inner import build_optimizer
 
 A, C = curvatures(3)
 REFUSED = {"LBFGS", "SparseAdam", "Optimizer"}
@@ -135,6 +136,22 @@ def test_unknown_names_and_options_are_told_in_one_sentence() -> None:
         run(make("reptile", image_tasks(), inner=Inner(options={"momentum": -1.0})), 1)
     with pytest.raises(UsageError, match="elementwise"):
         Inner(optimizer="adafactor", flat=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.5}])
+def test_momentum_where_a_parameter_gets_its_first_gradient_late(options: dict[str, Any]) -> None:
+    """As heads brought up first, layers dropped at random or experts chosen by a router have it."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, **options}
+    ours, torchs = ([nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)] for _ in range(2))
+    steps = (build_optimizer("sgd", ours, **options), torch.optim.SGD(torchs, foreach=False, **options))
+    for step in range(5):
+        for parameters, optimizer in zip((ours, torchs), steps, strict=True):
+            optimizer.zero_grad()
+            used = parameters if step >= 2 else parameters[:1]
+            torch.stack([(parameter**2).sum() for parameter in used]).sum().backward()
+            optimizer.step()
+    for mine, theirs in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=0.0)
 
 
 def test_a_callable_is_an_optimizer_too() -> None:

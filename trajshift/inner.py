@@ -106,7 +106,7 @@ def build_optimizer(
     """An optimizer by name or callable, fused where PyTorch has that; wrong options are told in one sentence."""
     kind, parameters = optimizer_class(optimizer), list(parameters)
     fused: dict[str, bool] = {}
-    if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys():
+    if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys() and not options.get("dampening"):
         fused["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     try:
         built = kind(parameters, **options, **fused)
@@ -114,6 +114,11 @@ def build_optimizer(
         name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
         raise UsageError(f"optimizer {name} does not accept {options}: {error}") from error
     optimizer_class(type(built))  # a callable's own name does not tell what it makes
+    if kind is torch.optim.SGD and fused.get("fused") and options.get("momentum"):
+        for parameter in parameters:
+            # The fused kernel has momentum buffers for all or for none, and a parameter may get its first gradient
+            # later than others. Without dampening momentum from zero is the same as from the first gradient.
+            built.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
     return built
 
 
