@@ -2,8 +2,8 @@
 
 Command: python results/images/tables.py                                    # the rates tried, for every method
          python results/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
-         python results/images/tables.py --targets START...                 # every target, in each of four settings;
-                                                                            # draws methods.svg
+         python results/images/tables.py --targets START...                 # every target, in each of four settings
+         python results/images/tables.py --draw START...                    # draws methods.svg
          python results/images/tables.py --horizon                          # shifting and Reptile at each K;
                                                                             # draws horizon.svg
          python results/images/tables.py --leads A B C D                    # A - B beside C - D, and how they differ
@@ -107,14 +107,13 @@ def of_targets(starts: list[str]) -> None:
             seeds = list(found[start].values())
             cells = [show(interval([by_target[target] for by_target in seeds]), 2) for target in TARGETS]
             print(f"| {start} | {len(seeds)} | {' | '.join(cells)} |")
-    draw_methods(rows, starts)
 
 
-def draw_methods(rows: Iterable[Row], starts: list[str]) -> None:
+def draw_methods(starts: list[str]) -> None:
     """Draws methods.svg: every start on every target, 1,000 images, rate 0.03, at which none breaks down."""
     chosen = [
         {"checkpoint": FINAL, "setting": None, **row, "label": row["start"], "inner_steps": 2000, "steps": 300}
-        for row in rows
+        for row in known_rows(starts)
         if row["target"] in TARGETS and row["start"] in starts and row["finetune_lr"] == 0.03
     ]
     chosen.sort(key=lambda row: (starts.index(row["start"]), TARGETS.index(row["target"]), row["seed"]))
@@ -286,6 +285,8 @@ if __name__ == "__main__":
         leads(*sys.argv[2:])
     elif sys.argv[1:2] == ["--targets"]:
         of_targets(sys.argv[2:])
+    elif sys.argv[1:2] == ["--draw"]:
+        draw_methods(sys.argv[2:])
     elif len(sys.argv) > 1:
         compared(sys.argv[1], sys.argv[2:])
     else:
