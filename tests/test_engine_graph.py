@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,9 +110,13 @@ class Peeking(torch.nn.Module):
         super().__init__()
         self.body = build("conv", task, width=4, depth=2).double()
         self.peeks = False
+        self.last: weakref.ref[torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = self.last is not None and self.last() is not None
         out = self.body(x)
+        self.last = weakref.ref(out)
+        assert not left, "what an earlier step computed is still there"
         return out * float(out.detach().sum().sign().abs()) if self.peeks else out
 
 

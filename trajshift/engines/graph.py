@@ -256,11 +256,8 @@ class Graph(Engine):
             self._met.add(kind)
             self._warm_up(trainer, body)
         else:
-            try:
-                if kind not in self._steps:
-                    self._steps[kind] = self._recorder.record(body)
-            except RuntimeError as error:
-                return self._give_up(trainer, error)
+            if kind not in self._steps and not self._record(trainer, kind, body):
+                return trainer.engine.step(trainer)
             self._steps[kind]()
         if trainer.method.joint:
             trainer.outer.lr = trainer.inner.lr_at(trainer.k / trainer.horizon)
@@ -276,17 +273,25 @@ class Graph(Engine):
         self._warm = max(0, self._warm - 1)
         self._addresses = _addresses(trainer)  # the inner optimizers have made their state now
 
-    def _give_up(self, trainer: MetaTrainer, error: RuntimeError) -> tuple[Tensor, bool]:
-        """Leaves the rest to the loop; a recording that failed has done nothing on the device."""
-        cause = error.__context__ or error
-        reason = f"a step cannot be recorded as a CUDA graph ({str(cause).partition(chr(10))[0]})"
-        for learner in trainer.learners:
-            learner.forget_gradients()
-        if not self._or_loop:
-            raise UsageError(f"engine graph: {reason}; use engine=auto or engine=loop") from error
-        warnings.warn(f"{reason}; the run goes on with engine loop", stacklevel=2)
-        trainer.engine = Engine(why=reason)
-        return trainer.engine.step(trainer)
+    def _record(self, trainer: MetaTrainer, kind: tuple[bool, bool], body: Body) -> bool:
+        """Records the step, or leaves the rest to the loop; a recording that failed has done nothing on the device.
+
+        What the failed step has computed goes with its traceback when this returns: the loop's steps are on another
+        stream, and must not meet nodes of autograd that are left of it.
+        """
+        try:
+            self._steps[kind] = self._recorder.record(body)
+        except RuntimeError as error:
+            first_line = str(error.__context__ or error).partition("\n")[0]
+            reason = f"a step cannot be recorded as a CUDA graph ({first_line})"
+            for learner in trainer.learners:
+                learner.forget_gradients()
+            if not self._or_loop:
+                raise UsageError(f"engine graph: {reason}; use engine=auto or engine=loop") from error
+            warnings.warn(f"{reason}; the run goes on with engine loop", stacklevel=3)
+            trainer.engine = Engine(why=reason)
+            return False
+        return True
 
     def _fill(self, trainer: MetaTrainer) -> None:
         first = trainer.step - trainer.step % AHEAD

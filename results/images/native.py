@@ -1,0 +1,165 @@
+"""Fine-tunes the targets, at their own sizes, from the ends of rounds of runs at K = 1000; tables and native.svg.
+
+What native.jsonl holds is not run again, so a stopped evaluation goes on where it was. Of a run its recipe.yaml and
+the shared.safetensors of its checkpoints are read.
+
+Command: python results/images/native.py DATA RUN...     # fine-tunes, two at a time, one thread each
+         python results/images/native.py                 # prints the tables of README.md, draws native.svg
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tables import COLUMNS, SETTINGS, TARGETS
+
+from trajshift import finetune
+from trajshift.build import build_tasks, finetune_options
+from trajshift.comparison import SCRATCH, curves
+from trajshift.figures import curve_figure, looks, save
+from trajshift.initialization import load_initialization
+from trajshift.pool import stop_on_signal
+from trajshift.progress import Progress
+from trajshift.recipe import load
+from trajshift.rows import read_jsonl
+from trajshift.statistics import interval
+from trajshift.task import Task
+
+HERE = Path(__file__).parent
+ROWS = HERE / "native.jsonl"
+ROUND = 1000
+EVERYWHERE = (2000, 5000)
+"""Inner steps after which all of tables.SETTINGS are run."""
+NAMES = ("method", "seed", "inner_steps", "target", "train_images", "finetune_lr")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning: the run, how many inner steps phi has seen (0: none, from scratch), and on what."""
+
+    data: str
+    run: Path
+    step: int
+    target: str
+    train_images: int
+    finetune_lr: float
+
+    def row(self) -> dict[str, Any]:
+        """What names it in native.jsonl."""
+        recipe = load(self.run)
+        start = {"method": recipe.method if self.step else SCRATCH, "seed": recipe.seed, "inner_steps": self.step}
+        return start | {"target": self.target, "train_images": self.train_images, "finetune_lr": self.finetune_lr}
+
+
+@cache
+def task(run: Path, data: str, target: str) -> Task:
+    """The target as the run's recipe has it."""
+    return build_tasks(load(run, [f"data.root={data}"]), [target])[target]
+
+
+def work(job: Job) -> dict[str, Any]:
+    """The job's row with what came of it."""
+    torch.set_num_threads(1)
+    options = finetune_options(load(job.run, ["device=cpu", f"finetune.lr={job.finetune_lr}"]))
+    phi = None
+    if job.step:
+        saved = load_initialization(job.run / "checkpoints" / f"{job.step:09d}" / "shared.safetensors")
+        phi = {name.removeprefix("phi/"): tensor for name, tensor in saved.items() if name.startswith("phi/")}
+    options |= {"train_images": job.train_images}
+    tuned = finetune(phi, task(job.run, job.data, job.target), **options)
+    return job.row() | tuned.metrics
+
+
+def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
+    """Rounds that all runs of a seed have finished: some in every setting, the others in the first alone."""
+    ends = {run: {int(place.parent.name) for place in run.glob("checkpoints/*/shared.safetensors")} for run in runs}
+    seeds: dict[int, list[Path]] = defaultdict(list)
+    for run in runs:
+        seeds[load(run).seed].append(run)
+    places = [(runs[0], 0) for runs in seeds.values()]  # from scratch once per seed
+    for together in seeds.values():
+        common = sorted(step for step in set.intersection(*(ends[run] for run in together)) if step % ROUND == 0)
+        places += [(run, step) for step in common for run in together]
+    chosen = [place for place in places if place[1] in (0, *EVERYWHERE)]
+    others = [place for place in places if place not in chosen]
+    for setting, starts in [(0, chosen), (2, chosen), (0, others), (1, chosen), (3, chosen)]:
+        for (run, step), target in product(starts, TARGETS):
+            yield Job(data, run, step, target, *SETTINGS[setting])
+
+
+def fine_tune(data: str, runs: list[Path]) -> None:
+    """Runs what native.jsonl does not hold."""
+    named = [{name: row[name] for name in NAMES} for row in read_jsonl(ROWS)]
+    missing = [job for job in jobs(data, runs) if job.row() not in named]
+    with (
+        stop_on_signal(),
+        get_context("spawn").Pool(2) as pool,
+        Progress("native", len(missing), unit="fine-tuning") as progress,
+    ):
+        for done, row in enumerate(pool.imap_unordered(work, missing), start=1):
+            with ROWS.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            progress.update(done)
+
+
+def tables() -> None:
+    """Prints the average of the targets for every start, seed and setting, then each target in the first setting."""
+    rows = list(read_jsonl(ROWS))
+    found: dict[tuple[int, int, str], dict[tuple[int, float], dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rows:
+        setting = found[row["seed"], row["inner_steps"], row["method"]][row["train_images"], row["finetune_lr"]]
+        setting[row["target"]] = 100 * row["accuracy"]
+    print(f"| seed | inner steps | start | {COLUMNS} |\n|{'---|' * 7}")
+    for (seed, steps, start), settings in sorted(found.items()):
+        cells = [
+            f"{fmean(settings[setting].values()):.2f}" if len(settings[setting]) == len(TARGETS) else ""
+            for setting in SETTINGS
+        ]
+        print(f"| {seed} | {steps:,} | {start} | {' | '.join(cells)} |")
+    print(f"\n| seed | inner steps | start | {' | '.join(TARGETS)} |\n|{'---|' * 6}")
+    for (seed, steps, start), settings in sorted(found.items()):
+        accuracy = settings[SETTINGS[0]]
+        cells = [f"{accuracy[target]:.2f}" if target in accuracy else "" for target in TARGETS]
+        print(f"| {seed} | {steps:,} | {start} | {' | '.join(cells)} |")
+    draw(rows)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draws native.svg: seed 0 against inner steps in the first setting, scratch as a level."""
+    first = [row for row in rows if row["seed"] == 0 and (row["train_images"], row["finetune_lr"]) == SETTINGS[0]]
+    trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
+    panels, levels = {}, {}
+    for target in (None, *TARGETS):
+        panels[target or "average"] = curves(trained, "inner_steps", metric="accuracy", target=target)
+        untrained = [row["accuracy"] for row in first if not row["inner_steps"] and target in (None, row["target"])]
+        levels[target or "average"] = {SCRATCH: interval([fmean(untrained)])}
+    styles = looks([*dict.fromkeys(row["method"] for row in trained), SCRATCH])
+    save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "native", HERE)
+    (HERE / "native.png").unlink()
+
+
+if __name__ == "__main__":
+    data, *runs = sys.argv[1:] or [""]
+    absent = [run for run in runs if not (Path(run) / "recipe.yaml").is_file()]
+    if absent or (data and not runs):
+        wrong = f"{absent[0]} has no recipe.yaml" if absent else "name the runs too"
+        print(f"native.py: {wrong}; DATA RUN..., or nothing for the tables", file=sys.stderr)
+        sys.exit(2)
+    try:
+        fine_tune(data, [Path(run) for run in runs]) if runs else tables()
+    except KeyboardInterrupt:
+        print("native.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

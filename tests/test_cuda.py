@@ -1,0 +1,129 @@
+"""On a GPU: recorded steps are the loop, the loop is that of the CPU, and a run goes on on either."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learners import everything, run, same_bits
+from test_engine_graph import MIXES, STEPS, Peeking, tasks, trainer
+
+from trajshift import Inner, MetaTrainer, Task, finetune
+from trajshift.checkpoint import load, save
+from trajshift.models import build
+from trajshift.rows import read_jsonl
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def on_gpu(engine: str, **options: Any) -> MetaTrainer:
+    made = trainer(engine, device="cuda", **options)
+    assert made.engine.name == engine
+    return made
+
+
+def assert_same(left: MetaTrainer, right: MetaTrainer) -> None:
+    ends = everything(left), everything(right)
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor.cpu(), ends[1][name].cpu(), **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("options", MIXES, ids=str)
+def test_recorded_steps_are_the_loop(options: dict[str, Any]) -> None:
+    """Float64, 50 steps, over round boundaries, with augmentation, BatchNorm, momentum and a schedule."""
+    here, loop, graph = trainer("loop", **options), on_gpu("loop", **options), on_gpu("graph", **options)
+    for _ in range(STEPS):
+        left, middle, right = here.advance(), loop.advance(), graph.advance()
+        torch.testing.assert_close(left.losses, middle.losses.cpu(), **CLOSE)
+        torch.testing.assert_close(middle.losses, right.losses, **CLOSE)
+    assert_same(here, loop)
+    assert_same(loop, graph)
+    assert graph.engine.name == "graph"
+
+
+def resnets(engine: str) -> MetaTrainer:
+    """Float32 with forward passes in bfloat16."""
+    return MetaTrainer(
+        lambda task: build("resnet20", task),
+        tasks(),
+        "trajectory-shifting",
+        horizon=6,
+        rounds=5,
+        batch_size=5,
+        inner=Inner(lr=0.01, options={"momentum": 0.9}),
+        autocast=torch.bfloat16,
+        device="cuda",
+        engine=engine,
+    )
+
+
+def test_a_resnet_in_bfloat16_is_recorded_and_repeats_to_the_last_bit() -> None:
+    """One step beside the loop; rounding of convolutions that are chosen anew grows beyond use in more."""
+    loop, graph, again = resnets("loop"), resnets("auto"), resnets("auto")
+    assert graph.engine.name == "graph"
+    torch.testing.assert_close(loop.advance().losses, graph.advance().losses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-3, atol=1e-4)
+    again.advance()
+    run(graph, 20)
+    run(again, 20)
+    assert same_bits(everything(graph), everything(again))
+    assert graph.engine.name == "graph"
+
+
+@pytest.mark.parametrize("method", ["trajectory-shifting", "mtl"])
+def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None:
+    def build_trainer(engine: str) -> MetaTrainer:
+        options = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125), "device": "cuda"}
+        made = MetaTrainer(Peeking, tasks(), method, engine=engine, head="body.fc", **options)
+        made.advance()
+        made.learners[1].module.peeks = True
+        return made
+
+    loop, graph = build_trainer("loop"), build_trainer("auto")
+    assert graph.engine.name == "graph"
+    run(loop, 2)
+    run(graph, 2)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        graph.advance()
+    loop.advance()
+    assert graph.engine.name == "loop"
+    run(loop, 20)
+    run(graph, 20)
+    assert_same(loop, graph)
+
+
+def test_a_checkpoint_goes_on_on_either_device(tmp_path: Path) -> None:
+    whole = run(trainer("loop"), 30)
+    save(tmp_path, run(on_gpu("graph"), 17))
+    for second in (trainer("loop"), on_gpu("loop"), on_gpu("graph")):
+        load(tmp_path / f"{17:09d}", second)
+        run(second, 13)
+        assert_same(whole, second)
+
+
+def test_fine_tuning_is_that_of_the_cpu() -> None:
+    def double(task: Task) -> torch.nn.Module:
+        return build("conv", task, width=4, depth=2).double()
+
+    phi = run(trainer("loop"), 12).initialization
+    found = [
+        finetune(phi, tasks()[1], model=double, steps=30, batch_size=5, lr=0.03125, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    for name, tensor in found[0].module.state_dict().items():
+        torch.testing.assert_close(tensor, found[1].module.state_dict()[name].cpu(), **CLOSE, msg=name)
+
+
+def test_the_command_line_trains_on_the_gpu(tmp_path: Path) -> None:
+    words = ["digits", "device=cuda", "rounds=2", f"output.directory={tmp_path}", "output.name=run"]
+    done = subprocess.run([sys.executable, "-m", "trajshift", "train", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "graph" in done.stderr + done.stdout
+    first, *_, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(last["tasks"][name]["loss"] < first["tasks"][name]["loss"] for name in first["tasks"])
