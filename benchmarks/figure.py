@@ -53,7 +53,7 @@ def draw(panels: Sequence[Mapping[str, Any]]) -> Figure:
 
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.7 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(5.0 * columns, 2.5 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(panels) :]:
         axis.remove()
@@ -89,4 +89,4 @@ def _lines(axis: Axes, panel: Mapping[str, Any]) -> None:
     log_axis(axis, sorted({x for points in panel["lines"].values() for x, _ in points}))
     axis.set_yscale("log")
     axis.set_ylabel(panel["ylabel"])
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left")

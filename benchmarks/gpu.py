@@ -142,7 +142,7 @@ def _engines(plan: Plan, device: torch.device, report: Report) -> None:
         times = [show_time(spread(seconds[side])) for side in sides]
         rows.append([name, engine_of(fast), *times, show(gain), show(extra, " %")])
         report.samples[title] = seconds
-    report.panels.append(Dots("Captured engine against the loop (GPU)", "times as fast", dots))
+    report.panels.append(Dots("Captured engine against the eager loop (GPU)", "times as fast", dots))
     work = plan.small
     caption = (
         f"T = {work.tasks}, {work.model}, batch {work.batch_size}, {work.size}x{work.size}; a step moves all learners, "

@@ -34,7 +34,7 @@ def tasks() -> list[Task]:
     return listed
 
 
-def trainer(engine: Any, **options: Any) -> MetaTrainer:
+def trainer(engine: Any, listed: list[Task] | None = None, **options: Any) -> MetaTrainer:
     def double(task: Task) -> torch.nn.Module:
         return build("conv", task, width=4, depth=2).double()
 
@@ -42,7 +42,7 @@ def trainer(engine: Any, **options: Any) -> MetaTrainer:
         "method": "trajectory-shifting", "horizon": 12, "rounds": 20, "batch_size": 5,
         "inner": Inner(lr=0.03125, options={"momentum": 0.9, "weight_decay": 5e-4}, schedule="step", factor=0.5),
     }  # fmt: skip
-    return MetaTrainer(double, tasks(), engine=engine, **chosen | options)
+    return MetaTrainer(double, listed or tasks(), engine=engine, **chosen | options)
 
 
 MIXES: list[dict[str, Any]] = [
@@ -113,23 +113,24 @@ class Peeking(torch.nn.Module):
         self.last: weakref.ref[torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left = self.last is not None and self.last() is not None
+        assert self.last is None or self.last() is None, "what an earlier step computed is still there"
         out = self.body(x)
         self.last = weakref.ref(out)
-        assert not left, "what an earlier step computed is still there"
         return out * float(out.detach().sum().sign().abs()) if self.peeks else out
+
+
+def peeking(engine: Any, method: str, **options: Any) -> MetaTrainer:
+    """A trainer, one step taken, one of whose models peeks from now on."""
+    chosen = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125)}
+    made = MetaTrainer(Peeking, tasks(), method, engine=engine, head="body.fc", **chosen | options)
+    made.advance()
+    made.learners[1].module.peeks = True
+    return made
 
 
 @pytest.mark.parametrize("method", ["trajectory-shifting", "mtl"])
 def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None:
-    def build_trainer(engine: Any) -> MetaTrainer:
-        options = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125)}
-        made = MetaTrainer(Peeking, tasks(), method, engine=engine, head="body.fc", **options)
-        made.advance()
-        made.learners[1].module.peeks = True
-        return made
-
-    loop, graph = build_trainer("loop"), build_trainer(Graph(Recorder(), or_loop=True))
+    loop, graph = peeking("loop", method), peeking(Graph(Recorder(), or_loop=True), method)
     run(loop, 2)
     run(graph, 2)
     with pytest.warns(UserWarning, match="cannot be recorded .*not permitted"):
@@ -140,7 +141,7 @@ def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None
     run(loop, 20)
     run(graph, 20)
     torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-9, atol=1e-9)
-    strict = build_trainer(Graph(Recorder()))
+    strict = peeking(Graph(Recorder()), method)
     run(strict, 2)
     with pytest.raises(UsageError, match=r"engine graph: a step cannot be recorded .*; use engine=auto"):
         strict.advance()

@@ -1,7 +1,8 @@
 """Fine-tunes the targets, at their own sizes, from the ends of rounds of runs at K = 1000; tables and native.svg.
 
 What native.jsonl holds is not run again, so a stopped evaluation goes on where it was. Of a run its recipe.yaml and
-the shared.safetensors of its checkpoints are read.
+the shared.safetensors of its checkpoints are read (`trajshift evaluate --checkpoints` wants the heads too, which did
+not leave the GPU's machine); the tables also take the losses of native/*/metrics.jsonl.
 
 Command: python results/images/native.py DATA RUN...     # fine-tunes, two at a time, one thread each
          python results/images/native.py                 # prints the tables of README.md, draws native.svg
@@ -9,12 +10,11 @@ Command: python results/images/native.py DATA RUN...     # fine-tunes, two at a 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,18 +22,18 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tables import COLUMNS, SETTINGS, TARGETS
+from tables import COLUMNS, SETTINGS, TARGETS, accuracies, averages
 
 from trajshift import finetune
 from trajshift.build import build_tasks, finetune_options
 from trajshift.comparison import SCRATCH, curves
+from trajshift.errors import NonFiniteLoss
 from trajshift.figures import curve_figure, looks, save
 from trajshift.initialization import load_initialization
 from trajshift.pool import stop_on_signal
 from trajshift.progress import Progress
 from trajshift.recipe import load
-from trajshift.rows import read_jsonl
-from trajshift.statistics import interval
+from trajshift.rows import append_row, read_jsonl
 from trajshift.task import Task
 
 HERE = Path(__file__).parent
@@ -71,14 +71,16 @@ def task(run: Path, data: str, target: str) -> Task:
 def work(job: Job) -> dict[str, Any]:
     """The job's row with what came of it."""
     torch.set_num_threads(1)
-    options = finetune_options(load(job.run, ["device=cpu", f"finetune.lr={job.finetune_lr}"]))
+    changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={job.train_images}"]
     phi = None
     if job.step:
         saved = load_initialization(job.run / "checkpoints" / f"{job.step:09d}" / "shared.safetensors")
         phi = {name.removeprefix("phi/"): tensor for name, tensor in saved.items() if name.startswith("phi/")}
-    options |= {"train_images": job.train_images}
-    tuned = finetune(phi, task(job.run, job.data, job.target), **options)
-    return job.row() | tuned.metrics
+    options = finetune_options(load(job.run, changed))
+    try:
+        return job.row() | finetune(phi, task(job.run, job.data, job.target), **options).metrics
+    except NonFiniteLoss as error:
+        return job.row() | {"error": str(error)}  # a result too
 
 
 def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
@@ -108,44 +110,54 @@ def fine_tune(data: str, runs: list[Path]) -> None:
         Progress("native", len(missing), unit="fine-tuning") as progress,
     ):
         for done, row in enumerate(pool.imap_unordered(work, missing), start=1):
-            with ROWS.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append_row(ROWS, row)
             progress.update(done)
 
 
 def tables() -> None:
-    """Prints the average of the targets for every start, seed and setting, then each target in the first setting."""
-    rows = list(read_jsonl(ROWS))
-    found: dict[tuple[int, int, str], dict[tuple[int, float], dict[str, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    for row in rows:
-        setting = found[row["seed"], row["inner_steps"], row["method"]][row["train_images"], row["finetune_lr"]]
-        setting[row["target"]] = 100 * row["accuracy"]
+    """Prints the targets' average for every start, seed and setting, each target in the first, and losses; draws."""
+    rows = [row | {"start": (row["inner_steps"], row["method"])} for row in read_jsonl(ROWS) if "accuracy" in row]
+    places = sorted({(row["seed"], row["start"]) for row in rows})
+    columns, each = [averages(rows, *setting) for setting in SETTINGS], accuracies(rows, *SETTINGS[0])
     print(f"| seed | inner steps | start | {COLUMNS} |\n|{'---|' * 7}")
-    for (seed, steps, start), settings in sorted(found.items()):
-        cells = [
-            f"{fmean(settings[setting].values()):.2f}" if len(settings[setting]) == len(TARGETS) else ""
-            for setting in SETTINGS
-        ]
-        print(f"| {seed} | {steps:,} | {start} | {' | '.join(cells)} |")
+    for seed, start in places:
+        cells = [f"{found[start][seed]:.2f}" if seed in found.get(start, ()) else "" for found in columns]
+        print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
     print(f"\n| seed | inner steps | start | {' | '.join(TARGETS)} |\n|{'---|' * 6}")
-    for (seed, steps, start), settings in sorted(found.items()):
-        accuracy = settings[SETTINGS[0]]
-        cells = [f"{accuracy[target]:.2f}" if target in accuracy else "" for target in TARGETS]
-        print(f"| {seed} | {steps:,} | {start} | {' | '.join(cells)} |")
+    for seed, start in places:
+        if seed in each.get(start, ()):
+            cells = [f"{each[start][seed][target]:.2f}" for target in TARGETS]
+            print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
+    losses()
     draw(rows)
+
+
+def losses() -> None:
+    """Prints the training loss over the last 200 steps of each round, mean of the sources."""
+    found: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted((HERE / "native").iterdir()):
+        recipe = load(run)
+        for row in read_jsonl(run / "metrics.jsonl"):
+            if -row["step"] % ROUND < 200:  # four rows, one each 50 steps
+                end = ROUND * -(-row["step"] // ROUND)
+                found[recipe.seed, recipe.method][end].append(fmean(t["loss"] for t in row["tasks"].values()))
+    ends = sorted({end for by_end in found.values() for end in by_end})
+    print(f"\n| seed | start | {' | '.join(f'{end:,}' for end in ends)} |\n|{'---|' * (2 + len(ends))}")
+    for (seed, method), by_end in sorted(found.items()):
+        cells = [f"{fmean(by_end[end]):.2f}" if len(by_end[end]) == 4 else "" for end in ends]
+        print(f"| {seed} | {method} | {' | '.join(cells)} |")
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """Draws native.svg: seed 0 against inner steps in the first setting, scratch as a level."""
     first = [row for row in rows if row["seed"] == 0 and (row["train_images"], row["finetune_lr"]) == SETTINGS[0]]
     trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
+    untrained = [row | {"label": SCRATCH} for row in first if not row["inner_steps"]]
     panels, levels = {}, {}
     for target in (None, *TARGETS):
-        panels[target or "average"] = curves(trained, "inner_steps", metric="accuracy", target=target)
-        untrained = [row["accuracy"] for row in first if not row["inner_steps"] and target in (None, row["target"])]
-        levels[target or "average"] = {SCRATCH: interval([fmean(untrained)])}
+        curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
+        panels[target or "average"] = curve(trained)
+        levels[target or "average"] = {SCRATCH: curve(untrained)[0].y[-1]}
     styles = looks([*dict.fromkeys(row["method"] for row in trained), SCRATCH])
     save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "native", HERE)
     (HERE / "native.png").unlink()
@@ -153,9 +165,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     data, *runs = sys.argv[1:] or [""]
-    absent = [run for run in runs if not (Path(run) / "recipe.yaml").is_file()]
+    absent = [run for run in runs if not any(Path(run).glob("checkpoints/*/shared.safetensors"))]
     if absent or (data and not runs):
-        wrong = f"{absent[0]} has no recipe.yaml" if absent else "name the runs too"
+        wrong = f"{absent[0]} has no checkpoints" if absent else "name the runs too"
         print(f"native.py: {wrong}; DATA RUN..., or nothing for the tables", file=sys.stderr)
         sys.exit(2)
     try:

@@ -255,10 +255,10 @@ class Graph(Engine):
         if self._warm or kind not in self._met:  # its first use of libraries must not be recorded
             self._met.add(kind)
             self._warm_up(trainer, body)
-        else:
-            if kind not in self._steps and not self._record(trainer, kind, body):
-                return trainer.engine.step(trainer)
+        elif kind in self._steps or self._record(trainer, kind, body):
             self._steps[kind]()
+        else:
+            return trainer.engine.step(trainer)
         if trainer.method.joint:
             trainer.outer.lr = trainer.inner.lr_at(trainer.k / trainer.horizon)
         trainer.step += 1
