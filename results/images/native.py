@@ -41,6 +41,8 @@ ROWS = HERE / "native.jsonl"
 ROUND = 1000
 EVERYWHERE = (2000, 5000)
 """Inner steps after which all of tables.SETTINGS are run."""
+LOWER = 2
+"""Of tables.SETTINGS: 1,000 images at rate 0.03, at which no start breaks down."""
 NAMES = ("method", "seed", "inner_steps", "target", "train_images", "finetune_lr")
 
 
@@ -84,7 +86,7 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
-    """Rounds that all runs of a seed have finished: some in every setting, the others in the first alone."""
+    """Rounds that all runs of a seed have finished: some in every setting, the others in `LOWER` alone."""
     ends = {run: {int(place.parent.name) for place in run.glob("checkpoints/*/shared.safetensors")} for run in runs}
     seeds: dict[int, list[Path]] = defaultdict(list)
     for run in runs:
@@ -95,7 +97,7 @@ def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
         places += [(run, step) for step in common for run in together]
     chosen = [place for place in places if place[1] in (0, *EVERYWHERE)]
     others = [place for place in places if place not in chosen]
-    for setting, starts in [(0, chosen), (2, chosen), (0, others), (1, chosen), (3, chosen)]:
+    for setting, starts in [(0, chosen), (LOWER, chosen), (LOWER, others), (1, chosen), (3, chosen)]:
         for (run, step), target in product(starts, TARGETS):
             yield Job(data, run, step, target, *SETTINGS[setting])
 
@@ -115,19 +117,21 @@ def fine_tune(data: str, runs: list[Path]) -> None:
 
 
 def tables() -> None:
-    """Prints the targets' average for every start, seed and setting, each target in the first, and losses; draws."""
+    """Prints the targets' average for every start, seed and setting, each target in two, and losses; draws."""
     rows = [row | {"start": (row["inner_steps"], row["method"])} for row in read_jsonl(ROWS) if "accuracy" in row]
     places = sorted({(row["seed"], row["start"]) for row in rows})
-    columns, each = [averages(rows, *setting) for setting in SETTINGS], accuracies(rows, *SETTINGS[0])
+    columns = [averages(rows, *setting) for setting in SETTINGS]
     print(f"| seed | inner steps | start | {COLUMNS} |\n|{'---|' * 7}")
     for seed, start in places:
         cells = [f"{found[start][seed]:.2f}" if seed in found.get(start, ()) else "" for found in columns]
         print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
-    print(f"\n| seed | inner steps | start | {' | '.join(TARGETS)} |\n|{'---|' * 6}")
+    low, high = (accuracies(rows, *SETTINGS[setting]) for setting in (LOWER, 0))
+    names = [f"{target}, rate {rate}" for rate in (0.03, 0.1) for target in TARGETS]
+    print(f"\n| seed | inner steps | start | {' | '.join(names)} |\n|{'---|' * 9}")
     for seed, start in places:
-        if seed in each.get(start, ()):
-            cells = [f"{each[start][seed][target]:.2f}" for target in TARGETS]
-            print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
+        found = [each.get(start, {}).get(seed, {}) for each in (low, high)]
+        cells = [f"{by_target[target]:.2f}" if by_target else "" for by_target in found for target in TARGETS]
+        print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
     losses()
     draw(rows)
 
@@ -149,8 +153,8 @@ def losses() -> None:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Draws native.svg: seed 0 against inner steps in the first setting, scratch as a level."""
-    first = [row for row in rows if row["seed"] == 0 and (row["train_images"], row["finetune_lr"]) == SETTINGS[0]]
+    """Draws native.svg: seed 0 against inner steps, 1,000 images at the lower rate, scratch as a level."""
+    first = [row for row in rows if row["seed"] == 0 and (row["train_images"], row["finetune_lr"]) == SETTINGS[LOWER]]
     trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
     untrained = [row | {"label": SCRATCH} for row in first if not row["inner_steps"]]
     panels, levels = {}, {}
