@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tables import COLUMNS, SETTINGS, TARGETS, accuracies, averages
+from tables import TARGETS, accuracies
 
 from trajshift import finetune
 from trajshift.build import build_tasks, finetune_options
@@ -38,30 +38,31 @@ from trajshift.task import Task
 
 HERE = Path(__file__).parent
 ROWS = HERE / "native.jsonl"
+METHODS = ("trajectory-shifting", "mtl", "reptile", "no-shifting", SCRATCH)
 ROUND = 1000
-EVERYWHERE = (2000, 5000)
-"""Inner steps after which all of tables.SETTINGS are run."""
-LOWER = 2
-"""Of tables.SETTINGS: 1,000 images at rate 0.03, at which no start breaks down."""
+IMAGES = 1000
+RATES = (0.03, 0.1)
+"""Of fine-tuning; at the second the starts break down on one target or another."""
+BOTH = (0, 2000, 5000)
+"""Inner steps after which both rates are run, 0 for scratch; after others the first alone."""
 NAMES = ("method", "seed", "inner_steps", "target", "train_images", "finetune_lr")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning: the run, how many inner steps phi has seen (0: none, from scratch), and on what."""
+    """One fine-tuning: the run, how many inner steps phi has seen (0: none, from scratch), and what it is put to."""
 
     data: str
     run: Path
     step: int
     target: str
-    train_images: int
     finetune_lr: float
 
     def row(self) -> dict[str, Any]:
         """What names it in native.jsonl."""
         recipe = load(self.run)
         start = {"method": recipe.method if self.step else SCRATCH, "seed": recipe.seed, "inner_steps": self.step}
-        return start | {"target": self.target, "train_images": self.train_images, "finetune_lr": self.finetune_lr}
+        return start | {"target": self.target, "train_images": IMAGES, "finetune_lr": self.finetune_lr}
 
 
 @cache
@@ -73,7 +74,7 @@ def task(run: Path, data: str, target: str) -> Task:
 def work(job: Job) -> dict[str, Any]:
     """The job's row with what came of it."""
     torch.set_num_threads(1)
-    changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={job.train_images}"]
+    changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={IMAGES}"]
     phi = None
     if job.step:
         saved = load_initialization(job.run / "checkpoints" / f"{job.step:09d}" / "shared.safetensors")
@@ -86,7 +87,7 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
-    """Rounds that all runs of a seed have finished: some in every setting, the others in `LOWER` alone."""
+    """From scratch, and after all rounds that every run of a seed has finished."""
     ends = {run: {int(place.parent.name) for place in run.glob("checkpoints/*/shared.safetensors")} for run in runs}
     seeds: dict[int, list[Path]] = defaultdict(list)
     for run in runs:
@@ -95,11 +96,10 @@ def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
     for together in seeds.values():
         common = sorted(step for step in set.intersection(*(ends[run] for run in together)) if step % ROUND == 0)
         places += [(run, step) for step in common for run in together]
-    chosen = [place for place in places if place[1] in (0, *EVERYWHERE)]
-    others = [place for place in places if place not in chosen]
-    for setting, starts in [(0, chosen), (LOWER, chosen), (LOWER, others), (1, chosen), (3, chosen)]:
-        for (run, step), target in product(starts, TARGETS):
-            yield Job(data, run, step, target, *SETTINGS[setting])
+    for rate in RATES:
+        for (run, step), target in product(places, TARGETS):
+            if rate == RATES[0] or step in BOTH:
+                yield Job(data, run, step, target, rate)
 
 
 def fine_tune(data: str, runs: list[Path]) -> None:
@@ -117,20 +117,17 @@ def fine_tune(data: str, runs: list[Path]) -> None:
 
 
 def tables() -> None:
-    """Prints the targets' average for every start, seed and setting, each target in two, and losses; draws."""
+    """Prints average and targets for every start, seed and rate, and the losses; draws."""
     rows = [row | {"start": (row["inner_steps"], row["method"])} for row in read_jsonl(ROWS) if "accuracy" in row]
-    places = sorted({(row["seed"], row["start"]) for row in rows})
-    columns = [averages(rows, *setting) for setting in SETTINGS]
-    print(f"| seed | inner steps | start | {COLUMNS} |\n|{'---|' * 7}")
-    for seed, start in places:
-        cells = [f"{found[start][seed]:.2f}" if seed in found.get(start, ()) else "" for found in columns]
-        print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
-    low, high = (accuracies(rows, *SETTINGS[setting]) for setting in (LOWER, 0))
-    names = [f"{target}, rate {rate}" for rate in (0.03, 0.1) for target in TARGETS]
-    print(f"\n| seed | inner steps | start | {' | '.join(names)} |\n|{'---|' * 9}")
-    for seed, start in places:
-        found = [each.get(start, {}).get(seed, {}) for each in (low, high)]
-        cells = [f"{by_target[target]:.2f}" if by_target else "" for by_target in found for target in TARGETS]
+    names = [f"{name}, rate {rate}" for rate in RATES for name in ("average", *TARGETS)]
+    print(f"| seed | inner steps | start | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
+    by_rate = [accuracies(rows, IMAGES, rate) for rate in RATES]
+    for seed, start in sorted({(row["seed"], row["start"]) for row in rows}):
+        cells = []
+        for found in by_rate:
+            by_target = found.get(start, {}).get(seed, {})
+            values = [by_target[target] for target in TARGETS if by_target]
+            cells += [f"{value:.2f}" for value in (fmean(values), *values)] if values else [""] * (1 + len(TARGETS))
         print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
     losses()
     draw(rows)
@@ -153,8 +150,9 @@ def losses() -> None:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Draws native.svg: seed 0 against inner steps, 1,000 images at the lower rate, scratch as a level."""
-    first = [row for row in rows if row["seed"] == 0 and (row["train_images"], row["finetune_lr"]) == SETTINGS[LOWER]]
+    """Draws native.svg: seed 0 against inner steps, at the first rate, scratch as a level."""
+    first = [row for row in rows if row["seed"] == 0 and row["finetune_lr"] == RATES[0]]
+    first.sort(key=lambda row: METHODS.index(row["method"]))
     trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
     untrained = [row | {"label": SCRATCH} for row in first if not row["inner_steps"]]
     panels, levels = {}, {}
@@ -162,7 +160,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
         panels[target or "average"] = curve(trained)
         levels[target or "average"] = {SCRATCH: curve(untrained)[0].y[-1]}
-    styles = looks([*dict.fromkeys(row["method"] for row in trained), SCRATCH])
+    styles = looks(METHODS)
     save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "native", HERE)
     (HERE / "native.png").unlink()
 
