@@ -86,7 +86,6 @@ STUDIES = (
         method="single-task",
         steps=16000,
         inner_lr=0.01,
-        seeds=THREE,
         overrides=("train_on=[tinyimagenet_a]",),
     ),
     Study(name="random-shifting", method="random-shifting", meta_lr=0.05, order=("inner_lr", "meta_lr")),
