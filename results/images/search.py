@@ -96,8 +96,8 @@ STUDIES = (
     Study(name="anil", method="anil", meta_lr=1.0, order=META_FIRST),
     Study(name="reptile-horizon-1000", method="reptile", horizon=1000, meta_lr=2.0, order=("meta_lr",)),
     Study(name="reptile-horizon-20", method="reptile", horizon=20, meta_lr=2.0, order=("meta_lr",)),
-    Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, seeds=THREE, overrides=AT_32),
-    Study(name="reptile-size-32", method="reptile", meta_lr=2.0, seeds=THREE, overrides=AT_32),
+    Study(name="size-32", method="trajectory-shifting", meta_lr=0.1, overrides=AT_32),
+    Study(name="reptile-size-32", method="reptile", meta_lr=2.0, overrides=AT_32),
     *(
         replace(study, name=f"{study.method}-{pair}", pair=pair, seeds=THREE)
         for pair in PAIRS
