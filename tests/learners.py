@@ -113,6 +113,14 @@ def everything(trainer: MetaTrainer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def assert_same(left: MetaTrainer, right: MetaTrainer) -> None:
+    """All numbers of two runs agree to 1e-9, on whichever devices they are."""
+    ends = everything(left), everything(right)
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor.cpu(), ends[1][name].cpu(), rtol=1e-9, atol=1e-9, msg=name)
+
+
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether two sets of named tensors agree to the last bit (NaN equals nothing)."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learners import everything, run, same_bits
+from learners import assert_same, everything, run, same_bits
 from test_engine_graph import MIXES, STEPS, peeking, tasks, trainer
 
 from trajshift import Inner, MetaTrainer, Task, finetune
@@ -27,13 +27,6 @@ def on_gpu(engine: str, listed: list[Task] | None = None, **options: Any) -> Met
     made = trainer(engine, listed, device="cuda", **options)
     assert made.engine.name == engine
     return made
-
-
-def assert_same(left: MetaTrainer, right: MetaTrainer) -> None:
-    ends = everything(left), everything(right)
-    assert ends[0].keys() == ends[1].keys()
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor.cpu(), ends[1][name].cpu(), **CLOSE, msg=name)
 
 
 @pytest.mark.parametrize("options", MIXES, ids=str)

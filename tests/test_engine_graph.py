@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from learners import ConvNet, everything, image_tasks, make, run
+from learners import ConvNet, assert_same, image_tasks, make, run
 from recording import Recorder
 
 from trajshift import Inner, MetaTrainer, Task, UsageError
@@ -65,10 +65,7 @@ def test_replayed_steps_are_the_loop(options: dict[str, Any]) -> None:
         left, right = loop.advance(), graph.advance()
         assert left.meta_updated == right.meta_updated
         torch.testing.assert_close(left.losses, right.losses, rtol=1e-9, atol=1e-9)
-    ends = everything(loop), everything(graph)
-    assert ends[0].keys() == ends[1].keys()
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-9, atol=1e-9, msg=name)
+    assert_same(loop, graph)
     assert loop.metrics()["inner_steps"] == graph.metrics()["inner_steps"] == STEPS
     assert loop.tally.counts == graph.tally.counts
     assert recorder.replays > STEPS - 15

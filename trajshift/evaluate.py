@@ -263,13 +263,19 @@ class _Builder:
 def load_phi(source: Path) -> Mapping[str, Tensor]:
     """phi from an initialization file or a checkpoint folder."""
     from trajshift.checkpoint import verify
-    from trajshift.initialization import Initialization, load_initialization
     from trajshift.pretrained import load_start
 
     if source.is_file():
         return load_start(source)
     verify(source)
-    shared = load_initialization(source / "shared.safetensors")
+    return phi_of(source)
+
+
+def phi_of(checkpoint: Path) -> Mapping[str, Tensor]:
+    """phi from a checkpoint folder, of which nothing else is looked at and no checksum compared."""
+    from trajshift.initialization import Initialization, load_initialization
+
+    shared = load_initialization(checkpoint / "shared.safetensors")
     prefix = "phi/"
     return Initialization({n.removeprefix(prefix): t for n, t in shared.items() if n.startswith(prefix)})
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from trajshift.evaluate import phi_of
 from trajshift.initialization import Initialization, load_initialization
 
 if len(sys.argv) < 4 or not all(word.isdigit() for word in sys.argv[3:]):
@@ -20,6 +20,6 @@ if len(sys.argv) < 4 or not all(word.isdigit() for word in sys.argv[3:]):
     sys.exit(2)
 run, out, *steps = sys.argv[1:]
 final = load_initialization(Path(run) / "initialization.safetensors")
-saved = [load_file(Path(run) / "checkpoints" / f"{int(step):09d}" / "shared.safetensors") for step in steps]
-mean = {name: torch.stack([tensors[f"phi/{name}"] for tensors in saved]).mean(0) for name in final}
+saved = [phi_of(Path(run) / "checkpoints" / f"{int(step):09d}") for step in steps]
+mean = {name: torch.stack([phi[name] for phi in saved]).mean(0) for name in final}
 Initialization(mean, final.about).save(out)

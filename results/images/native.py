@@ -28,12 +28,12 @@ from trajshift import finetune
 from trajshift.build import build_tasks, finetune_options
 from trajshift.comparison import SCRATCH, curves
 from trajshift.errors import NonFiniteLoss
+from trajshift.evaluate import phi_of
 from trajshift.figures import curve_figure, looks, save
-from trajshift.initialization import load_initialization
 from trajshift.pool import stop_on_signal
 from trajshift.progress import Progress
 from trajshift.recipe import load
-from trajshift.rows import append_row, read_jsonl
+from trajshift.rows import append_row, checkpoints_of, read_jsonl
 from trajshift.task import Task
 
 HERE = Path(__file__).parent
@@ -75,10 +75,7 @@ def work(job: Job) -> dict[str, Any]:
     """The job's row with what came of it."""
     torch.set_num_threads(1)
     changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={IMAGES}"]
-    phi = None
-    if job.step:
-        saved = load_initialization(job.run / "checkpoints" / f"{job.step:09d}" / "shared.safetensors")
-        phi = {name.removeprefix("phi/"): tensor for name, tensor in saved.items() if name.startswith("phi/")}
+    phi = phi_of(dict(checkpoints_of(job.run))[job.step]) if job.step else None
     options = finetune_options(load(job.run, changed))
     try:
         return job.row() | finetune(phi, task(job.run, job.data, job.target), **options).metrics
@@ -88,13 +85,13 @@ def work(job: Job) -> dict[str, Any]:
 
 def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
     """From scratch, and after all rounds that every run of a seed has finished."""
-    ends = {run: {int(place.parent.name) for place in run.glob("checkpoints/*/shared.safetensors")} for run in runs}
+    ends = {run: {step for step, _ in checkpoints_of(run) if step % ROUND == 0} for run in runs}
     seeds: dict[int, list[Path]] = defaultdict(list)
     for run in runs:
         seeds[load(run).seed].append(run)
     places = [(runs[0], 0) for runs in seeds.values()]  # from scratch once per seed
     for together in seeds.values():
-        common = sorted(step for step in set.intersection(*(ends[run] for run in together)) if step % ROUND == 0)
+        common = sorted(set.intersection(*(ends[run] for run in together)))
         places += [(run, step) for step in common for run in together]
     for rate in RATES:
         for (run, step), target in product(places, TARGETS):
@@ -167,7 +164,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     data, *runs = sys.argv[1:] or [""]
-    absent = [run for run in runs if not any(Path(run).glob("checkpoints/*/shared.safetensors"))]
+    absent = [run for run in runs if not any(checkpoints_of(Path(run)))]
     if absent or (data and not runs):
         wrong = f"{absent[0]} has no checkpoints" if absent else "name the runs too"
         print(f"native.py: {wrong}; DATA RUN..., or nothing for the tables", file=sys.stderr)
