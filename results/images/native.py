@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tables import TARGETS, accuracies
+from tables import TARGETS, accuracies, averages, reached, with_holm
 
 from trajshift import finetune
 from trajshift.build import build_tasks, finetune_options
@@ -34,11 +34,13 @@ from trajshift.pool import stop_on_signal
 from trajshift.progress import Progress
 from trajshift.recipe import load
 from trajshift.rows import append_row, checkpoints_of, read_jsonl
+from trajshift.statistics import compare, interval, show
 from trajshift.task import Task
 
 HERE = Path(__file__).parent
 ROWS = HERE / "native.jsonl"
-METHODS = ("trajectory-shifting", "mtl", "reptile", "no-shifting", SCRATCH)
+SHIFTING = "trajectory-shifting"
+METHODS = (SHIFTING, "mtl", "reptile", "no-shifting", SCRATCH)
 ROUND = 1000
 IMAGES = 1000
 RATES = (0.03, 0.1)
@@ -114,41 +116,69 @@ def fine_tune(data: str, runs: list[Path]) -> None:
 
 
 def tables() -> None:
-    """Prints average and targets for every start, seed and rate, and the losses; draws."""
+    """Prints all starts after every round, shifting's leads, when it is where Reptile ends and the losses; draws."""
     rows = [row | {"start": (row["inner_steps"], row["method"])} for row in read_jsonl(ROWS) if "accuracy" in row]
-    names = [f"{name}, rate {rate}" for rate in RATES for name in ("average", *TARGETS)]
-    print(f"| seed | inner steps | start | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
-    by_rate = [accuracies(rows, IMAGES, rate) for rate in RATES]
-    for seed, start in sorted({(row["seed"], row["start"]) for row in rows}):
-        cells = []
-        for found in by_rate:
-            by_target = found.get(start, {}).get(seed, {})
-            values = [by_target[target] for target in TARGETS if by_target]
-            cells += [f"{value:.2f}" for value in (fmean(values), *values)] if values else [""] * (1 + len(TARGETS))
-        print(f"| {seed} | {start[0]:,} | {start[1]} | {' | '.join(cells)} |")
+    for rate in RATES:
+        found = {start: by_seed for start, by_seed in accuracies(rows, IMAGES, rate).items() if by_seed}
+        print(f"\n**Rate {rate}**\n\n| inner steps | start | seeds | average | {' | '.join(TARGETS)} |\n|{'---|' * 7}")
+        for (step, method), by_seed in sorted(found.items()):
+            seeds = [[by_target[target] for target in TARGETS] for by_target in by_seed.values()]
+            columns = [[*map(fmean, seeds)], *zip(*seeds, strict=True)]
+            cells = [show(interval(column), 2) for column in columns]
+            print(f"| {step:,} | {method} | {len(seeds)} | {' | '.join(cells)} |")
+        leads(averages(rows, IMAGES, rate))
+    sooner(averages(rows, IMAGES, RATES[0]))
     losses()
     draw(rows)
 
 
+def leads(found: dict[Any, dict[int, float]]) -> None:
+    """Prints shifting minus every other method after every round, with p, p after Holm for the round."""
+    others = [method for method in METHODS if method not in (SHIFTING, SCRATCH)]
+    print(f"\n| inner steps | seeds | {' | '.join(f'minus {other}' for other in others)} |\n|{'---|' * 5}")
+    for step in sorted({step for step, _ in found} - {0}):
+        tests = compare({method: found.get((step, method), {}) for method in (SHIFTING, *others)}, SHIFTING)
+        if not tests[0].count:
+            continue
+        cells = [show(test.difference, 2, signed=True) + with_holm(test) for test in tests]
+        print(f"| {step:,} | {tests[0].count} | {' | '.join(cells)} |")
+
+
+def sooner(found: dict[Any, dict[int, float]]) -> None:
+    """Prints by what factor, seed by seed, shifting is sooner at Reptile's accuracy after each round (0: it is not)."""
+    steps = sorted({step for step, _ in found})
+    way = {step: found[step, SHIFTING if step else SCRATCH] for step in steps}
+    print(f"\n| Reptile after | factor | by seed |\n|{'---|' * 3}")
+    for step in steps[1:]:
+        factors = []
+        for seed, wanted in sorted(found[step, "reptile"].items()):
+            of_seed = {at: way[at][seed] for at in steps if seed in way[at]}
+            factors.append(step / reached(of_seed, wanted))
+        print(f"| {step:,} | {show(interval(factors), 2)} | {', '.join(f'{factor:.2f}' for factor in factors)} |")
+
+
 def losses() -> None:
-    """Prints the training loss over the last 200 steps of each round, mean of the sources."""
-    found: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Prints the training loss over the last 200 steps of each round, mean of the sources, over the seeds."""
+    found: dict[tuple[int, str], list[float]] = defaultdict(list)
     for run in sorted((HERE / "native").iterdir()):
-        recipe = load(run)
+        by_end: dict[int, list[float]] = defaultdict(list)
         for row in read_jsonl(run / "metrics.jsonl"):
             if -row["step"] % ROUND < 200:  # four rows, one each 50 steps
-                end = ROUND * -(-row["step"] // ROUND)
-                found[recipe.seed, recipe.method][end].append(fmean(t["loss"] for t in row["tasks"].values()))
-    ends = sorted({end for by_end in found.values() for end in by_end})
-    print(f"\n| seed | start | {' | '.join(f'{end:,}' for end in ends)} |\n|{'---|' * (2 + len(ends))}")
-    for (seed, method), by_end in sorted(found.items()):
-        cells = [f"{fmean(by_end[end]):.2f}" if len(by_end[end]) == 4 else "" for end in ends]
-        print(f"| {seed} | {method} | {' | '.join(cells)} |")
+                by_end[ROUND * -(-row["step"] // ROUND)].append(fmean(t["loss"] for t in row["tasks"].values()))
+        for step, values in by_end.items():
+            if len(values) == 4:
+                found[step, load(run).method].append(fmean(values))
+    steps = sorted({step for step, _ in found})
+    print(f"\n| training loss after | {' | '.join(f'{step:,}' for step in steps)} |\n|{'---|' * (1 + len(steps))}")
+    for method in METHODS:
+        if method != SCRATCH:
+            print(f"| {method} | {' | '.join(show(interval(found[step, method]), 2) for step in steps)} |")
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Draws native.svg: seed 0 against inner steps, at the first rate, scratch as a level."""
-    first = [row for row in rows if row["seed"] == 0 and row["finetune_lr"] == RATES[0]]
+    """Draws native.svg: seeds with all rounds against inner steps, at the first rate, scratch as a level."""
+    whole = {row["seed"] for row in rows if row["inner_steps"] == BOTH[-1]}
+    first = [row for row in rows if row["seed"] in whole and row["finetune_lr"] == RATES[0]]
     first.sort(key=lambda row: METHODS.index(row["method"]))
     trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
     untrained = [row | {"label": SCRATCH} for row in first if not row["inner_steps"]]

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
+from math import inf
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -140,8 +141,7 @@ def compared(reference: str, starts: list[str]) -> None:
             test = family[position]
             d = test.difference
             turned = None if d is None else Estimate(mean=-d.mean, half_width=d.half_width, count=d.count)
-            p = "" if test.p is None or test.p_holm is None else f" ({show_p(test.p)}; {show_p(test.p_holm)})"
-            cells.append(show(turned, 2, signed=True) + p)
+            cells.append(show(turned, 2, signed=True) + with_holm(test))
         print(f"| {start} - {reference} | " + " | ".join(cells) + " |")
 
 
@@ -183,11 +183,19 @@ def soon() -> None:
         print(f"| {step:,} | {show(interval([*by_steps[step].values()]), 2)} | {show(behind, 2, signed=True)} |")
     factors = []
     for seed, wanted in sorted(last.items()):
-        values = [by_steps[step][seed] for step in steps]
-        after = next(index for index, value in enumerate(values) if value >= wanted)
-        share = (wanted - values[after - 1]) / (values[after] - values[after - 1])
-        factors.append(steps[-1] / (steps[after - 1] + share * (steps[after] - steps[after - 1])))
+        factors.append(steps[-1] / reached({step: by_steps[step][seed] for step in steps}, wanted))
     print(f"\nfactor {show(interval(factors), 2)}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
+
+
+def reached(by_steps: dict[int, float], wanted: float) -> float:
+    """Inner steps after which `wanted` is first reached, on straight lines between points; infinity where it is not."""
+    before = min(by_steps)
+    for step, value in sorted(by_steps.items()):
+        if value >= wanted:
+            share = (wanted - by_steps[before]) / ((value - by_steps[before]) or 1.0)
+            return before + share * (step - before)
+        before = step
+    return inf
 
 
 def horizons() -> None:
@@ -242,6 +250,11 @@ def leads(*starts: str) -> None:
 def with_p(test: PairedTest) -> str:
     """Points and p."""
     return show(test.difference, 2, signed=True) + ("" if test.p is None else f" ({show_p(test.p)})")
+
+
+def with_holm(test: PairedTest) -> str:
+    """p and p after Holm, behind a number."""
+    return "" if test.p is None or test.p_holm is None else f" ({show_p(test.p)}; {show_p(test.p_holm)})"
 
 
 def draw_horizons(rows: Iterable[Row], places: dict[str, tuple[str, int]]) -> None:
