@@ -15,6 +15,7 @@ import pytest
 from trajshift import checkpoint
 from trajshift.cli import main
 from trajshift.demo import demo_jobs
+from trajshift.finetune import FineTuned
 from trajshift.progress import Progress, duration
 from trajshift.recipe import load
 from trajshift.rundir import RunDirectory, read_rows
@@ -212,6 +213,24 @@ def test_a_signal_saves_and_resume_gives_the_same_bytes(
     assert [row["step"] for row in read_rows(run / "timing.jsonl")] == [3, 6, 9, 12]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep", "tiny.yaml", "meta_lr=0.1,0.2"], "trajshift: interrupted; the same command goes on\n"),
+        (["report", "runs/any"], "trajshift: interrupted\n"),
+    ],
+)
+def test_an_interrupt_is_said_in_one_sentence(
+    trajshift: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trajshift.sweep.run_sweep", interrupted)
+    monkeypatch.setattr("trajshift.commands.report", interrupted)
+    assert trajshift(*words) == (128 + signal.SIGINT, "", said)
+
+
 def test_resume_of_a_complete_run_changes_nothing(trajshift: Command, folder: Path) -> None:
     trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
     before = files(folder / "runs" / "one", "environment.json")
@@ -390,6 +409,28 @@ def test_the_last_good_checkpoint_is_kept_when_the_loss_explodes(trajshift: Comm
 
 
 # after training ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_saved_is_said_before_fine_tuning(
+    trajshift: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[FineTuned.__module__], "finetune", None)
+        status, _, err = trajshift("finetune", "runs/one", "--save", "tiny.yaml")
+    assert status == 2
+    assert "cannot write to tiny.yaml" in err
+    assert "choose another --save" in err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FineTuned, "save", full)
+    status, out, err = trajshift("finetune", "runs/one", "--save", "tuned")
+    assert status == 2
+    assert "no space left on the disk of tuned" in err
+    assert "accuracy" in out
+    assert "six" in out
 
 
 def test_finetune_evaluate_report(trajshift: Command, folder: Path) -> None:

@@ -224,6 +224,31 @@ def test_an_image_far_too_large_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         load_hf(tmp_path / "saved", size=6)
 
 
+def test_a_broken_image_of_a_folder_is_named_by_its_file(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(pictures(1)[0]).save(tmp_path / "train" / name / "one.png")
+    broken = tmp_path / "train" / "dog" / "one.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(UsageError, match=rf"split 'train': image 1 is broken \({re.escape(str(broken))}: .*\); mend"):
+        load_hf(tmp_path, test=None)
+
+
+def test_why_files_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        made(pictures(50, (20, 20, 3)), [0] * 50).to_parquet(tmp_path / "data" / f"train-{number}.parquet")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UsageError, match=r"Not a directory.*; the library keeps its copy in the folder that HF_HOME"):
+        load_hf(tmp_path / "data", test=None)
+    monkeypatch.undo()
+    broken = tmp_path / "data" / "train-1.parquet"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100] + b"x" * 4000 + content[4100:])
+    with pytest.raises(UsageError, match=re.escape(f"; mend {broken}")):
+        load_hf(tmp_path / "data", test=None)
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     both(pictures(5)).save_to_disk(tmp_path / "saved")
     with pytest.raises(UsageError, match="no split 'tset'; did you mean 'test'"):

@@ -191,7 +191,7 @@ def test_a_broken_image_is_named_and_what_was_decoded_is_kept(tmp_path: Path, mo
     file = copy / "data" / "train-00000-of-00001.parquet"
     good = file.read_bytes()
     broken.to_parquet(str(file))
-    with pytest.raises(UsageError, match=r"split 'train': image 17 is broken \(.*\); mend or drop the row"):
+    with pytest.raises(UsageError, match=r"split 'train': image 17 is broken \(.*\); mend or drop it; after mending"):
         prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)
     assert not (tmp_path / "cifar10").exists()
     file.write_bytes(good)

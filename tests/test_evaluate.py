@@ -316,7 +316,8 @@ def test_two_commands_may_add_rows_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "word"), [('{"a"', "delimiter"), ("5", "line 2 is no mapping"), ("{}", "checkpoint in line 2 is None")]
+    ("line", "word"),
+    [('{"a"', "line 2: .*delimiter"), ("5", "line 2 is no mapping"), ("{}", "checkpoint in line 2 is None")],
 )
 def test_damage_inside_is_named(tmp_path: Path, line: str, word: str) -> None:
     good = '{"checkpoint": 5, "target": "a", "steps": 1, "seed": 0, "inner_steps": 5, "method": "mtl"}'

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from trajshift import pool
+from trajshift import checkpoint, pool
+from trajshift.errors import UsageError
 from trajshift.pool import Job, run_jobs
 from trajshift.recipe import load
 from trajshift.rundir import RunDirectory
@@ -39,6 +43,32 @@ def test_a_run_that_kills_its_process_fails_alone(recipe: str, tmp_path: Path) -
     assert list(failures) == [tmp_path / "bad"]
     assert "status 9" in str(failures[tmp_path / "bad"])
     assert RunDirectory(tmp_path / "good").is_complete(good.recipe)
+
+
+def test_a_worker_whose_parent_was_killed_saves_and_ends(recipe: str, tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from trajshift.pool import Job, run_jobs; from trajshift.recipe import load\n"
+        "job = Job(path=Path('run'), recipe=load('mine.yaml', ['rounds=1000000', 'output.log_every=1']))\n"
+        "run_jobs([job], workers=1, title='one', log=Path('log.txt'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = RunDirectory(tmp_path / "run")
+    until = time.monotonic() + 120
+    try:
+        while not (run.path / "timing.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        parent.wait()
+    while not (found := checkpoint.steps(run.path / "checkpoints")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert found, (tmp_path / "log.txt").read_text()
+    while time.monotonic() < until:
+        try:
+            return run.lock()  # to be had when the worker has ended
+        except UsageError:
+            time.sleep(0.1)
+    raise AssertionError("the worker trains on")
 
 
 def test_without_a_process_a_run_fails_and_nobody_waits(

@@ -144,6 +144,12 @@ def test_all_mismatches_are_listed(tmp_path: Path) -> None:
     )
 
 
+def test_tensors_that_the_model_has_no_place_for_are_refused_before_training() -> None:
+    start = {**weights(), "projector.weight": torch.zeros(2)}
+    with pytest.raises(UsageError, match=r"does not fit the model \(unexpected: projector.weight\)"):
+        MetaTrainer(model, [task()], horizon=1, rounds=1, batch_size=4, initialization=start)
+
+
 class Trap:
     """Unpickling it would run code."""
 
@@ -154,7 +160,7 @@ class Trap:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": weights(), "trap": Trap()}, "trap.pth")
-    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(.*\); save it again, tensors only"):
+    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(it holds more than tensors\); save"):
         load_start("trap.pth")
     assert not Path("sprung").exists()
     Path("text.pth").write_text("hello")

@@ -244,6 +244,33 @@ def test_missing_caches_are_named_before_any_training(root: Path, tmp_path: Path
     assert not list(tmp_path.glob("out/*seed0"))
 
 
+def test_full_scale_wants_caches_of_the_registered_sizes(root: Path, tmp_path: Path) -> None:
+    run = partial(run_published, "images-ablation", overrides=[f"data.root={root / 'data'}"], seeds=1)
+    with pytest.raises(UsageError, match=r"tinyimagenet has images of 8 pixels, and --scale full .* registered 64"):
+        run(out=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_compares_unequally_is_noted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Methods that were not tuned beside those that were, and caches with other counts than the registered ones."""
+
+    def stop(jobs: Sequence[Job], **options: Any) -> dict[Path, str]:
+        raise UsageError("stopped")
+
+    monkeypatch.setattr("trajshift.experiments.runs.run_jobs", stop)
+    words = [f"data.root={root / 'data'}", f"data.size={PIXELS}"]
+    run = partial(run_published, "images-ablation", overrides=words, seeds=1, out=tmp_path)
+    with pytest.raises(UsageError, match="stopped"):
+        run(tuned=[swept(tmp_path / "some", {"reptile": {"meta_lr": "3"}})])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not tuned, with the recipe's own rates: trajectory-shifting, no-shifting, random-shifting" in said
+    assert "note: tinyimagenet: 400 images in split 'train' were found, 100000 are registered" in said
+    with pytest.raises(UsageError, match="--tuned has rates for anil, and this experiment runs trajectory-shifting, "):
+        run(tuned=[swept(tmp_path / "none", {"anil": {"meta_lr": "3"}})])
+
+
 def test_a_page_shows_the_sizes_of_its_own_experiment(root: Path, tmp_path: Path) -> None:
     """imagenet-few-data leaves more sizes in the runs that imagenet-continue takes up."""
     words = [f"data.root={root / 'data'}", f"initialization={root / 'resnet18.pth'}", "threads=1"]

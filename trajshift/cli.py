@@ -6,17 +6,35 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from trajshift import __version__
 from trajshift.data.cli import app as data
 from trajshift.errors import UsageError
 from trajshift.experiments.cli import app as experiments
 
+_RESUMABLE = ("demo", "evaluate", "sweep", "experiment", "data")
+"""Commands that go on where they stopped when they are given again."""
+
+
+class _Group(TyperGroup):
+    """Says that an interrupt came, which typer answers by the exit status alone."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            remedy = "; the same command goes on" if ctx.invoked_subcommand in _RESUMABLE else ""
+            print(f"trajshift: interrupted{remedy}", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
+
+
 app = typer.Typer(
     name="trajshift",
+    cls=_Group,
     help="Learn one initialization from many tasks by continual trajectory shifting, and fine-tune from it.",
     no_args_is_help=True,
     add_completion=False,
@@ -206,6 +224,3 @@ def main() -> None:
         sys.stdout.flush()
         print(f"trajshift: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("trajshift: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)

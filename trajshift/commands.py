@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 from trajshift.errors import UsageError
 from trajshift.progress import Progress
 from trajshift.recipe import Recipe, load
 from trajshift.rundir import RunDirectory, disk_errors
 from trajshift.tables import console, print_summary, print_table
+
+if TYPE_CHECKING:
+    from trajshift.finetune import FineTuned
 
 
 def need_report_extra() -> None:
@@ -48,6 +53,8 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     if not names:
         raise UsageError(f"no task was named and {owner} has no targets; name a task of the recipe")
     source = _initialization_file(start)
+    if save is not None:
+        _refuse_what_cannot_be_written(save)
 
     from trajshift.build import build_tasks, finetune_options
     from trajshift.distributed import World, set_threads
@@ -58,29 +65,46 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     phi = load_phi(source)
     tasks = build_tasks(loaded, names)
     options = finetune_options(loaded)
-    rows = []
-    for name, task in tasks.items():
-        if task.test is None:
-            console().print(f"note: {name} has no test examples, so it has no metrics; options.test names some")
-        for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
-            with Progress(f"{name} from {label}", options["steps"]) as progress:
-                tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
-            rows.append((name, label, tuned))
-            if save is not None and label != "scratch":
-                with disk_errors(save, option="--save", again="the same command"):
-                    tuned.save(save / f"{name}.safetensors")
+    rows: list[tuple[str, str, FineTuned]] = []
+    try:
+        for name, task in tasks.items():
+            if task.test is None:
+                console().print(f"note: {name} has no test examples, so it has no metrics; options.test names some")
+            for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
+                with Progress(f"{name} from {label}", options["steps"]) as progress:
+                    tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
+                rows.append((name, label, tuned))
+                if save is not None and label != "scratch":
+                    with disk_errors(save, option="--save", again="the same command"):
+                        tuned.save(save / f"{name}.safetensors")
+    finally:
+        _print_tuned(rows, loaded.seed, options["steps"])
+    if save is not None:
+        console().print(f"fine-tuned models are in {save}")
+
+
+def _refuse_what_cannot_be_written(folder: Path) -> None:
+    """Before hours of work: makes the folder and a file in it, which goes again."""
+    with disk_errors(folder, option="--save", again="the same command"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+
+
+def _print_tuned(rows: Sequence[tuple[str, str, FineTuned]], seed: int, steps: int) -> None:
+    """The test metrics of the tasks that were fine-tuned, also where a later one failed."""
+    if not rows:
+        return
     metrics = list(dict.fromkeys(metric for _, _, tuned in rows for metric in tuned.metrics))
     print_table(
         ["task", "start", "images", "steps", *metrics],
         [
-            [name, label, str(tuned.images), str(options["steps"]), *(_metric(tuned.metrics, m) for m in metrics)]
+            [name, label, str(tuned.images), str(steps), *(_metric(tuned.metrics, m) for m in metrics)]
             for name, label, tuned in rows
         ],
-        f"fine-tuned with seed {loaded.seed}, on the test sets",
+        f"fine-tuned with seed {seed}, on the test sets",
         text=2,
     )
-    if save is not None:
-        console().print(f"fine-tuned models are in {save}")
 
 
 def _metric(metrics: dict[str, float], name: str) -> str:

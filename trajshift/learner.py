@@ -110,6 +110,8 @@ class Blueprint:
     """Frozen parameters with the same shape in all tasks: they exist once."""
     channels_last: bool
     """Whether the factory's modules keep their convolutions' weights channels-last."""
+    names: frozenset[str]
+    """Of all parameters and buffers of the first task's model."""
 
     @classmethod
     def inspect(
@@ -143,7 +145,8 @@ class Blueprint:
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
-        return cls(factory, layout, heads, phi, frozen, channels_last)
+        names = {*dict(first.named_parameters(remove_duplicate=False)), *dict(first.named_buffers())}
+        return cls(factory, layout, heads, phi, frozen, channels_last, frozenset(names))
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Refuses a task whose model lacks a shared parameter, or has it in another shape."""

@@ -118,15 +118,16 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
     """Puts named tensors into phi `[P]`; each shared parameter must be there with its shape.
 
     Raises:
-        UsageError: shared parameters that are missing or have another shape; lists all, and what is not used.
+        UsageError: shared parameters that are missing or have another shape, or tensors that are none of the model's
+            (heads and BatchNorm statistics aside); lists all.
     """
     views = blueprint.layout.views(phi)
     missing = [name for name in views if name not in initialization]
     unequal = [name for name in views if name in initialization and initialization[name].shape != views[name].shape]
-    if missing or unequal:
+    own = (name for name in initialization if not is_in_head(name, blueprint.heads) and not is_statistic(name))
+    unexpected = [name for name in own if name not in blueprint.names]
+    if missing or unequal or unexpected:
         shapes = [f"{name} {tuple(initialization[name].shape)}, not {tuple(views[name].shape)}" for name in unequal]
-        own = (name for name in initialization if not is_in_head(name, blueprint.heads) and not is_statistic(name))
-        unexpected = [name for name in own if name not in views]
         kinds = (("missing", missing), ("wrong shape", shapes), ("unexpected", unexpected))
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
         raise UsageError(f"the initialization does not fit the model ({found}); use the model it was learned with")

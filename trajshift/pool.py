@@ -116,14 +116,14 @@ def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
     if not jobs:
         return
     from trajshift.build import build_task, refuse_absent_device
-    from trajshift.pretrained import locate
+    from trajshift.pretrained import load_start
     from trajshift.task import untested
 
     for device in dict.fromkeys(job.recipe.device for job in jobs):
         refuse_absent_device(device)
     for start in dict.fromkeys(job.recipe.initialization for job in jobs):
         if start is not None:
-            locate(start)
+            load_start(start)
     wanted: dict[str, tuple[str, TaskRecipe, DataRecipe, bool]] = {}
     for job in jobs:
         data, last = job.recipe.data, job.tuned_tasks()

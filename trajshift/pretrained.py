@@ -17,7 +17,7 @@ from trajshift.initialization import Initialization, load_initialization
 
 HUB = "hub:"
 _HUB_FORM = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_TORCH_FILES = (".pth", ".pt", ".bin", ".tar")
+_TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -51,7 +51,7 @@ def load_start(start: str | Path) -> Initialization:
 
     Args:
         start: an `initialization.safetensors` of a run, any other safetensors file of named tensors, a state dict
-            saved by `torch.save` (.pth, .pt, .bin, .tar; alone, or under `state_dict`, `model_state_dict` or
+            saved by `torch.save` (.pth, .pt, .bin, .tar, .ckpt; alone, or under `state_dict`, `model_state_dict` or
             `model`, with or without the prefix `module.`), or what `locate` takes.
 
     Raises:
@@ -67,7 +67,11 @@ def load_start(start: str | Path) -> Initialization:
     # torch raises whatever unpickling does, and its own refusal of anything but tensors.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} is not a readable state dict ({reason}); save it again, tensors only") from error
+        if reason.startswith("Weights only"):  # then torch goes on about how to load it all the same
+            reason = "it holds more than tensors"
+        raise UsageError(
+            f"{path} is not a readable state dict ({reason}); save the module's state_dict() alone"
+        ) from error
     tensors = _tensors(found)
     if not tensors:
         raise UsageError(f"{path} holds no named tensors; save the module's state_dict()")

@@ -242,8 +242,13 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     from trajshift.yaml_text import read_yaml
 
-    where = find(recipe)
-    data = read_yaml(where.read_text(encoding="utf-8"), str(where))
+    try:
+        where = find(recipe)
+        text = where.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise UsageError(f"{recipe} cannot be read ({reason}); name a recipe file or a run directory") from error
+    data = read_yaml(text, str(where))
     for override in overrides:
         _override(data, override)
     return validate(data, where.name)

@@ -216,10 +216,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
-        rows.append(json.loads(line))
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from None
     return rows
 
 
@@ -329,7 +332,7 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
                 f"{again or f'trajshift train --resume {path}'}"
             ) from error
         refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
-        if code in refused:
+        if code in refused or "os error 13" in text:  # as safetensors says it
             raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise
 

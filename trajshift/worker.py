@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from types import FrameType
 from typing import Any
@@ -16,7 +18,8 @@ from trajshift.rundir import RunDirectory, disk_errors
 
 
 def main() -> None:
-    """Do jobs until stdin ends or a signal comes; a signal during training is answered by a checkpoint."""
+    """Do jobs until stdin ends, a signal comes or the parent is gone; training then ends with a checkpoint."""
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(int(sys.argv[1]))
@@ -36,6 +39,13 @@ def main() -> None:
             traceback.print_exc()
             failure = f"{type(error).__name__}: {error}"
         answers.write(json.dumps({"failure": failure, "diverged": diverged}) + "\n")
+
+
+def _leave_with(parent: int) -> None:
+    """Stops this process where its parent was killed, and nobody waits for the rest."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -7,10 +7,11 @@ image is decoded whenever it is fetched, best by the workers of a `Stream`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EROFS
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,11 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
             reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
-            raise UsageError(f"{self.what}: image {number} is broken ({reason}); mend or drop the row") from error
+            place = self._images.cast_column(self._column, _datasets().Image(decode=False))[number][self._column][
+                "path"
+            ]
+            named = f"{place}: " if place else ""
+            raise UsageError(f"{self.what}: image {number} is broken ({named}{reason}); mend or drop it") from error
         if decoded is None:
             raise UsageError(f"{self.what}: image {number} is missing; drop the row")
         try:
@@ -247,12 +252,44 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
         raise
     # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = (
-            "check the files" if files or path.exists() else "nor is it a file or folder here; check id and connection"
-        )
+        cause = _cause(error)
+        if _of_the_library(cause, Path(files[0]).parent if files else path):
+            remedy = "the library keeps its copy in the folder that HF_HOME names; find a disk for it, and continue"
+        elif files or path.exists():
+            broken = _unreadable(map(Path, files) if files else sorted(path.rglob("*.parquet")))
+            remedy = f"mend {broken}" if broken else "check the files"
+        else:
+            remedy = "nor is it a file or folder here; check id and connection"
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a chain of exceptions began with; `datasets` buries it under a sentence of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _of_the_library(error: BaseException, data: Path) -> bool:
+    """Whether a disk refused the library's own copy: it is full, or may not be written."""
+    if not isinstance(error, OSError) or error.errno not in (ENOSPC, EDQUOT, EACCES, EROFS, ENOTDIR):
+        return False
+    return not str(error.filename or "").startswith((str(data), str(data.resolve())))
+
+
+def _unreadable(files: Iterable[Path]) -> Path | None:
+    """The first parquet file that cannot be read to its end."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in files:
+        try:
+            for _ in ParquetFile(file).iter_batches():
+                pass
+        except (OSError, ValueError):  # Arrow's own errors are ValueErrors
+            return file
+    return None
 
 
 def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:

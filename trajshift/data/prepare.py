@@ -312,7 +312,9 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             synced = done
             for chunk in chunks:
                 if isinstance(chunk, UsageError):
-                    raise chunk
+                    raise UsageError(
+                        f"{chunk}; after mending the same command goes on, after dropping remove {path.parent} first"
+                    )
                 file.write(chunk.numpy().data)
                 done += len(chunk)
                 progress.update(done)

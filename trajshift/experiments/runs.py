@@ -48,7 +48,7 @@ def experiment_jobs(
     jobs = []
     for arm, own in arms.items():
         recipe = load(study.recipe, [*study.scales[scale], *own, *overrides])
-        chosen = tuned.rates.get(recipe.method, ()) if tuned and recipe.horizon == base.horizon else ()
+        chosen = _chosen(tuned, recipe, base)
         for seed in range(seeds):
             run = f"{arm}-seed{seed}"
             place = (f"seed={seed}", f"output.directory={folder}", f"output.name={run}")
@@ -63,6 +63,57 @@ def experiment_jobs(
                 )
             )
     return jobs
+
+
+def _chosen(tuned: Tuned | None, recipe: Recipe, base: Recipe) -> tuple[str, ...]:
+    """The tuned rates for a run; none at another horizon than the one that was tuned."""
+    return tuned.rates.get(recipe.method, ()) if tuned and recipe.horizon == base.horizon else ()
+
+
+def _untuned(tuned: Tuned, jobs: Sequence[Job], base: Recipe) -> list[str]:
+    """A note on the runs that keep the recipe's rates beside tuned ones.
+
+    Raises:
+        UsageError: the sweeps chose for none of the runs.
+    """
+    if not tuned.rates:
+        return []
+    left = [job for job in jobs if not _chosen(tuned, job.recipe, base)]
+    if len(left) == len(jobs):
+        methods = ", ".join(dict.fromkeys(job.recipe.method for job in jobs))
+        raise UsageError(f"--tuned has rates for {', '.join(tuned.rates)}, and this experiment runs {methods}")
+    names = ", ".join(dict.fromkeys(job.path.name.rpartition("-seed")[0] for job in left))
+    return [f"not tuned, with the recipe's own rates: {names}"] if names else []
+
+
+def _unlike_registered(jobs: Sequence[Job], scale: str) -> list[str]:
+    """Notes on caches with other counts than the registered ones; `check` takes any.
+
+    Raises:
+        UsageError: `full`, and a cache has another size in pixels.
+    """
+    from trajshift.data.caches import figures_that_differ, read_manifest
+    from trajshift.data.registry import find
+
+    if scale == "check":
+        return []
+    notes: dict[str, list[str]] = {}
+    for recipe in (job.recipe for job in jobs):
+        for task in (recipe.source_tasks() | recipe.targets).values():
+            kind, _, name = task.source.partition(":")
+            entry = find(find(name).whole or name) if kind == "cache" else None
+            folder = Path(recipe.data.root).expanduser() / (entry.name if entry else "")
+            if entry is None or entry.name in notes or not folder.is_dir():
+                continue
+            manifest = read_manifest(folder, entry)
+            pixels = manifest["images"]["train"][2]
+            if scale == "full" and recipe.data.size is None and task.size is None and pixels != entry.size:
+                raise UsageError(
+                    f"{folder} has images of {pixels} pixels, and --scale full takes the registered {entry.size}; "
+                    "name the folder of such caches by data.root=DIR, or take --scale small"
+                )
+            notes[entry.name] = [f"{entry.name}: {text}" for text in figures_that_differ(manifest, entry)]
+    return [note for found in notes.values() for note in found]
 
 
 def _base(name: str, scale: str, overrides: Sequence[str]) -> Recipe:
@@ -103,18 +154,22 @@ def run_published(
     """
     need_report_extra()
     at_least("--jobs", workers, 1, "run")
-    rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, _base(name, scale, overrides).horizon)
+    base = _base(name, scale, overrides)
+    rates = read_tuned(tuned, EXPERIMENTS[name].study.recipe, base.horizon)
     jobs = experiment_jobs(name, scale=scale, seeds=seeds, overrides=overrides, out=out, tuned=rates)
+    notes = [*_untuned(rates, jobs, base), *rates.notes, *_unlike_registered(jobs, scale)]
     folder, first = jobs[0].path.parent, jobs[0].recipe
     say = console()
     say.print(
         f"{EXPERIMENTS[name].summary}\n{len(jobs)} runs of {first.total_steps:,} inner steps per task "
         f"({len(jobs) // seeds} methods x {seeds} seeds), then {len(first.targets)} targets each; runs are in {folder}"
     )
+    for note in notes:
+        say.print(f"note: {note}")
     workers = workers or (cores() if first.device == "cpu" else 1)
     with disk_errors(folder, option="--out", again="the same command"):
         failures = run_jobs(jobs, workers=workers, title=name, log=folder / f"{name}.log")
-        page = _write(name, jobs, failures, rates.notes)
+        page = _write(name, jobs, failures, notes)
     say.print(f"the page is {page}")
     if failures:
         count = f"{len(failures)} of {len(jobs)} runs"
