@@ -154,7 +154,8 @@ def sooner(found: dict[Any, dict[int, float]]) -> None:
         for seed, wanted in sorted(found[step, "reptile"].items()):
             of_seed = {at: way[at][seed] for at in steps if seed in way[at]}
             factors.append(step / reached(of_seed, wanted))
-        print(f"| {step:,} | {show(interval(factors), 2)} | {', '.join(f'{factor:.2f}' for factor in factors)} |")
+        mean = show(interval(factors), 2) if all(factors) else "not reached by all"
+        print(f"| {step:,} | {mean} | {', '.join(f'{factor:.2f}' for factor in factors)} |")
 
 
 def losses() -> None:
