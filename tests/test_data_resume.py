@@ -199,6 +199,7 @@ def hold(folder: Path) -> None:
         signal.pause()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torch's, which counts descriptors then
 def test_a_killed_worker_is_one_sentence_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, copy = small("cifar10", tmp_path)
     undisturbed = contents(prepare_cache("cifar10", tmp_path / "whole", copy=copy, quiet=True))

@@ -222,6 +222,7 @@ class Killed(Images):
         return super().__getitem__(index)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # torch's, which counts descriptors then
 def test_a_killed_worker_is_one_sentence() -> None:
     task = Task(name="a", train=Killed(12), outputs=2)
     batches = TaskBatches(task, seed=5, batch_size=6)
