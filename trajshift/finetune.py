@@ -20,7 +20,7 @@ from trajshift.data.sources import Source, as_source, class_balanced_subset, sub
 from trajshift.data.stream import Stream
 from trajshift.engines.memory import keep_memory
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
-from trajshift.initialization import Initialization
+from trajshift.initialization import Initialization, tensor_names
 from trajshift.inner import Inner, set_lr
 from trajshift.learner import (
     Factory,
@@ -228,7 +228,7 @@ def _fill(name: str, parameter: Tensor, value: Tensor, task: Task) -> None:
 def _check_used(
     module: nn.Module, initialization: Mapping[str, Tensor], started: Sequence[str], heads: Sequence[str]
 ) -> None:
-    known = {*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())}
+    known = tensor_names(module)
     unused = [name for name in initialization if name not in known and not is_in_head(name, heads)]
     if unused or not started:
         which = f"{unused[0]!r}" if unused else "any trainable parameter"

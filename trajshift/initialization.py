@@ -71,6 +71,11 @@ def is_statistic(name: str) -> bool:
     return name.endswith(_STATISTICS)
 
 
+def tensor_names(module: nn.Module) -> frozenset[str]:
+    """Of all parameters and buffers of a module; of a tied parameter every name."""
+    return frozenset({*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())})
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """Which parameters of a module an initialization filled. True where all did."""

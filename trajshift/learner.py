@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trajshift.data.batches import TaskBatches
 from trajshift.data.hashing import key, seed_generators
 from trajshift.errors import UsageError
+from trajshift.initialization import tensor_names
 from trajshift.inner import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
 from trajshift.repeatable import repeatable
 from trajshift.task import Batch, Task
@@ -145,8 +146,7 @@ class Blueprint:
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
-        names = {*dict(first.named_parameters(remove_duplicate=False)), *dict(first.named_buffers())}
-        return cls(factory, layout, heads, phi, frozen, channels_last, frozenset(names))
+        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first))
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Refuses a task whose model lacks a shared parameter, or has it in another shape."""

@@ -200,9 +200,8 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
             reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
-            place = self._images.cast_column(self._column, _datasets().Image(decode=False))[number][self._column][
-                "path"
-            ]
+            undecoded = self._images.cast_column(self._column, _datasets().Image(decode=False))
+            place = undecoded[number][self._column]["path"]
             named = f"{place}: " if place else ""
             raise UsageError(f"{self.what}: image {number} is broken ({named}{reason}); mend or drop it") from error
         if decoded is None:

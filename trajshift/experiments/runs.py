@@ -98,21 +98,24 @@ def _unlike_registered(jobs: Sequence[Job], scale: str) -> list[str]:
     if scale == "check":
         return []
     notes: dict[str, list[str]] = {}
-    for recipe in (job.recipe for job in jobs):
-        for task in (recipe.source_tasks() | recipe.targets).values():
-            kind, _, name = task.source.partition(":")
-            entry = find(find(name).whole or name) if kind == "cache" else None
-            folder = Path(recipe.data.root).expanduser() / (entry.name if entry else "")
-            if entry is None or entry.name in notes or not folder.is_dir():
-                continue
-            manifest = read_manifest(folder, entry)
-            pixels = manifest["images"]["train"][2]
-            if scale == "full" and recipe.data.size is None and task.size is None and pixels != entry.size:
-                raise UsageError(
-                    f"{folder} has images of {pixels} pixels, and --scale full takes the registered {entry.size}; "
-                    "name the folder of such caches by data.root=DIR, or take --scale small"
-                )
-            notes[entry.name] = [f"{entry.name}: {text}" for text in figures_that_differ(manifest, entry)]
+    recipes = [job.recipe for job in jobs]
+    tasks = [(task, each.data) for each in recipes for task in (each.source_tasks() | each.targets).values()]
+    for task, data in tasks:
+        if not task.source.startswith("cache:"):
+            continue
+        name = task.source.removeprefix("cache:")
+        entry = find(find(name).whole or name)
+        folder = Path(data.root).expanduser() / entry.name
+        if entry.name in notes or not folder.is_dir():
+            continue
+        manifest = read_manifest(folder, entry)
+        pixels = manifest["images"]["train"][2]
+        if scale == "full" and data.size is None and task.size is None and pixels != entry.size:
+            raise UsageError(
+                f"{folder} has images of {pixels} pixels, and --scale full takes the registered {entry.size}; "
+                "name the folder of such caches by data.root=DIR, or take --scale small"
+            )
+        notes[entry.name] = [f"{entry.name}: {text}" for text in figures_that_differ(manifest, entry)]
     return [note for found in notes.values() for note in found]
 
 
