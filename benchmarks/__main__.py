@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trajshift.commands import need_report_extra
+from trajshift.cli.commands import need_report_extra
 from trajshift.errors import UsageError, nearest
 
 BENCHMARKS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trajshift.figures import COLOURS, MARKERS, log_axis, styled
+from trajshift.report.figures import COLOURS, MARKERS, log_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from benchmarks.report import Claim, show
 from benchmarks.workload import Workload, build_trainer
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
-from trajshift.probe import RosterProbe
+from trajshift.learners.extra_passes import RosterProbe
 
 LIMIT = 70.0
 """Percent of a copy's bandwidth, from `LARGE` numbers on."""

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 
 from trajshift.errors import UsageError
-from trajshift.progress import Progress
+from trajshift.utils.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,8 +26,8 @@ from benchmarks.sides.plain import Plain
 from benchmarks.workload import TINY, Workload, build_trainer, random_images
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
-from trajshift.recipe import load
-from trajshift.run import train
+from trajshift.recipes.recipe import load
+from trajshift.runs.train import train
 
 LIMIT_LOGGING = 1.0
 """Percent of a step."""

@@ -14,7 +14,7 @@ from benchmarks.sides.ours import advance
 from benchmarks.traffic import Work, count
 from benchmarks.workload import Workload, build_trainer, engine_of, random_images
 from trajshift import MetaTrainer, Task
-from trajshift.data.images import image_task
+from trajshift.data.augmentation import image_task
 from trajshift.experiments.tables import Table
 
 STEPS = 200_000

@@ -14,9 +14,9 @@ import torch
 from benchmarks.figure import Dots, Lines, draw
 from benchmarks.harness import Spread
 from trajshift.experiments.tables import Table
-from trajshift.figures import save
-from trajshift.rundir import disk_errors, environment, replace_file
-from trajshift.tables import console, print_table
+from trajshift.report.figures import save
+from trajshift.runs.directory import disk_errors, environment, replace_file
+from trajshift.utils.terminal import console, print_table
 
 FIGURE = "speed"
 

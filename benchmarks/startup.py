@@ -11,7 +11,7 @@ from benchmarks.harness import ROOT, Steps, interleave, ratio, spread, timed
 from benchmarks.report import Report, show, show_time
 from trajshift.errors import UsageError
 from trajshift.experiments.tables import Table
-from trajshift.progress import duration
+from trajshift.utils.progress import duration
 
 TORCH = "import torch"
 FIRST_STEP = """

@@ -16,7 +16,7 @@ import traceback
 import torch
 
 from benchmarks.harness import memory
-from trajshift.importing import load_object
+from trajshift.utils.imports import load_object
 
 
 def main(address: str, side: str, options: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trajshift import Inner, MetaTrainer, Task
-from trajshift.data.images import image_task
+from trajshift.data.augmentation import image_task
 from trajshift.models import build
 
 INNER_LR = 0.01

@@ -10,9 +10,9 @@ import trajshift
 TORCH_FREE = (
     "trajshift",
     "trajshift.errors",
-    "trajshift.presets",
-    "trajshift.recipe",
-    "trajshift.cli",
+    "trajshift.algorithm.methods",
+    "trajshift.recipes.recipe",
+    "trajshift.cli.main",
     "trajshift.data.registry",
 )
 
@@ -34,7 +34,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = trajshift.no_such_name
 
 
-@pytest.mark.parametrize("first", ["trajshift.finetune", "trajshift.evaluate", "trajshift.loop"])
+@pytest.mark.parametrize(
+    "first", ["trajshift.evaluation.finetuning", "trajshift.runs.evaluate_runs", "trajshift.training.trainer"]
+)
 def test_finetune_is_the_function_whatever_was_imported_before(first: str) -> None:
     code = (
         f"import {first}, trajshift; from trajshift import finetune; "
@@ -49,14 +51,14 @@ def test_the_library_needs_torch_numpy_and_safetensors_alone() -> None:
 import sys
 for name in ("pydantic", "yaml", "typer", "rich", "matplotlib", "scipy", "datasets", "PIL", "tensorboard"):
     sys.modules[name] = None
-import trajshift, trajshift.checkpoint, trajshift.comparison, trajshift.data.huggingface, trajshift.evaluate
-import trajshift.models, trajshift.statistics
+import trajshift, trajshift.data.huggingface, trajshift.evaluation.comparison, trajshift.evaluation.statistics
+import trajshift.models, trajshift.runs.evaluate_runs, trajshift.training.checkpoint
 from trajshift.data import digits_targets, digits_tasks
 model = lambda task: trajshift.models.build("conv", task, width=4, depth=1)
 trainer = trajshift.MetaTrainer(model, digits_tasks("parity"), horizon=2, rounds=1, batch_size=4)
 assert [event.step for event in trainer] == [1, 2]
 (target,) = digits_targets("six-to-nine").values()
-rows = trajshift.evaluate.evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
+rows = trajshift.runs.evaluate_runs.evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
 assert 0.0 <= rows[0]["accuracy"] <= 1.0
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,42 +5,52 @@ The public names are resolved on first use (PEP 562), so `import trajshift` does
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trajshift.algorithm.carries import Carry
+    from trajshift.algorithm.meta_gradients import MetaGradient
+    from trajshift.algorithm.methods import METHODS, Method
     from trajshift.errors import UsageError
-    from trajshift.finetune import finetune
-    from trajshift.initialization import Initialization, load_initialization
-    from trajshift.inner import Inner
-    from trajshift.loop import MetaTrainer
-    from trajshift.presets import METHODS
+    from trajshift.evaluation.finetuning import FineTuned, finetune
+    from trajshift.learners.initialization import Initialization, load_initialization
+    from trajshift.learners.inner_optimizer import Inner
     from trajshift.task import Task
+    from trajshift.training.trainer import Event, MetaTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MetaTrainer",
+    "Event",
     "Inner",
     "Task",
     "Initialization",
     "load_initialization",
     "finetune",
+    "FineTuned",
     "METHODS",
+    "Method",
+    "MetaGradient",
+    "Carry",
     "UsageError",
     "__version__",
 ]
 
 _HOMES = {
-    "MetaTrainer": "loop",
-    "Inner": "inner",
+    "MetaTrainer": "training.trainer",
+    "Event": "training.trainer",
+    "Inner": "learners.inner_optimizer",
     "Task": "task",
-    "Initialization": "initialization",
-    "load_initialization": "initialization",
-    "finetune": "finetune",
-    "METHODS": "presets",
+    "Initialization": "learners.initialization",
+    "load_initialization": "learners.initialization",
+    "finetune": "evaluation.finetuning",
+    "FineTuned": "evaluation.finetuning",
+    "METHODS": "algorithm.methods",
+    "Method": "algorithm.methods",
+    "MetaGradient": "algorithm.meta_gradients",
+    "Carry": "algorithm.carries",
     "UsageError": "errors",
 }
 
@@ -55,15 +65,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps a public name that is also a module's name: an import would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -10,13 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trajshift.data.augmentation import ImageTransform, image_task
     from trajshift.data.batches import TaskBatches
-    from trajshift.data.caches import open_cache
+    from trajshift.data.cache_reader import open_cache
+    from trajshift.data.cache_writer import prepare_cache
     from trajshift.data.digits import digits_targets, digits_task, digits_tasks, load_digits
     from trajshift.data.huggingface import hf_source, load_hf
-    from trajshift.data.images import ImageTransform, image_task
+    from trajshift.data.loader import Stream
     from trajshift.data.npz import load_npz
-    from trajshift.data.prepare import prepare_cache
     from trajshift.data.registry import DataSet, registered
     from trajshift.data.sources import (
         ArraySource,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         class_balanced_subset,
         subset,
     )
-    from trajshift.data.stream import Stream
 
 __all__ = [
     "ArraySource",
@@ -59,13 +59,13 @@ __all__ = [
 _HOMES = {
     "batches": ("TaskBatches",),
     "digits": ("digits_targets", "digits_task", "digits_tasks", "load_digits"),
-    "caches": ("open_cache",),
+    "cache_reader": ("open_cache",),
     "huggingface": ("hf_source", "load_hf"),
-    "images": ("ImageTransform", "image_task"),
+    "augmentation": ("ImageTransform", "image_task"),
     "npz": ("load_npz",),
-    "prepare": ("prepare_cache",),
+    "cache_writer": ("prepare_cache",),
     "registry": ("DataSet", "registered"),
-    "stream": ("Stream",),
+    "loader": ("Stream",),
 }
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from trajshift.data.hashing import key, permutation
 from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry, seeded
 from trajshift.errors import UsageError
+from trajshift.rng import key, permutation
 from trajshift.task import Batch, Task, move, untested
 
 if TYPE_CHECKING:
-    from trajshift.data.stream import Stream
+    from trajshift.data.loader import Stream
 
 DEVICE_BYTES = 2 * 2**30
 """Sources in memory and caches up to this size (bytes) are copied to the device, larger ones stay where they are."""

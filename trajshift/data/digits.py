@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trajshift.data.images import image_task
+from trajshift.data.augmentation import image_task
 from trajshift.data.npz import load_npz
-from trajshift.data.preparation import prepare_images
+from trajshift.data.resize import prepare_images
 from trajshift.data.sources import ArraySource, ImageData
 from trajshift.errors import UsageError, nearest
 from trajshift.task import Task

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trajshift.data.hashing import key
-from trajshift.data.preparation import image_tensor, prepare_images
+from trajshift.data.resize import image_tensor, prepare_images
 from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes, shuffled_by_class
 from trajshift.errors import UsageError, nearest
+from trajshift.rng import key
 
 MEMORY_BYTES = 2**30
 """A split whose prepared images take up to this much (bytes) is held in memory."""

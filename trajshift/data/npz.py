@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trajshift.data.preparation import prepare_images
+from trajshift.data.resize import prepare_images
 from trajshift.data.sources import ArraySource, ImageData, numbered_classes
 from trajshift.errors import UsageError
 

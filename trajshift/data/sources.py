@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from trajshift.data.hashing import permutation, seed_generators
-from trajshift.data.preparation import image_tensor
+from trajshift.data.resize import image_tensor
 from trajshift.errors import UsageError
+from trajshift.rng import permutation, seed_generators
 
 if TYPE_CHECKING:
     from trajshift.task import Batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trajshift.statistics import PairedTest
+from trajshift.evaluation.statistics import PairedTest
 
 LEVEL = 0.05
 """Of the tests, after Holm's correction."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError, nearest
-from trajshift.importing import load_object
+from trajshift.utils.imports import load_object
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,17 +9,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.commands import need_report_extra
+from trajshift.cli.commands import need_report_extra
 from trajshift.errors import UsageError
-from trajshift.experiments.approximation.plan import Plan, Setting, chosen_recipe, key_of, networks, used_fields
-from trajshift.experiments.perform import Jobs, perform
-from trajshift.experiments.saved import saved_rows
-from trajshift.pool import cores
-from trajshift.progress import Progress
-from trajshift.recipe import Recipe, validate
-from trajshift.rows import append_row
-from trajshift.rundir import disk_errors, environment, replace_file
-from trajshift.tables import console
+from trajshift.experiments.approximation.measurement_plan import (
+    Plan,
+    Setting,
+    chosen_recipe,
+    key_of,
+    networks,
+    used_fields,
+)
+from trajshift.experiments.saved_rows import saved_rows
+from trajshift.recipes.recipe import Recipe, validate
+from trajshift.runs.directory import disk_errors, environment, replace_file
+from trajshift.runs.evaluation_rows import append_row
+from trajshift.runs.pool import cores
+from trajshift.utils.processes import Jobs, perform
+from trajshift.utils.progress import Progress
+from trajshift.utils.terminal import console
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.measure import Laboratory

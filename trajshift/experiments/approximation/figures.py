@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trajshift.experiments.approximation.plan import DISPLACEMENT, OPTIMIZERS, PRESCRIBED, Plan, Setting, scale
+from trajshift.experiments.approximation.measurement_plan import (
+    DISPLACEMENT,
+    OPTIMIZERS,
+    PRESCRIBED,
+    Plan,
+    Setting,
+    scale,
+)
 from trajshift.experiments.approximation.summary import Comparison, Measured, Units, estimate, measured, varied
-from trajshift.figures import COLOURS, GREY, MARKERS, legend, log_axis, styled
+from trajshift.report.figures import COLOURS, GREY, MARKERS, legend, log_axis, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajshift.build import build_tasks, model_factory
-from trajshift.data.hashing import key, normal
-from trajshift.experiments.approximation.plan import OPTIMIZERS, PRESCRIBED, Plan, Setting, networks
+from trajshift.algorithm.meta_gradients import MetaGradient, Probe
+from trajshift.experiments.approximation.measurement_plan import OPTIMIZERS, PRESCRIBED, Plan, Setting, networks
 from trajshift.experiments.approximation.shifts import SHIFTS
-from trajshift.gauge import Gauge
-from trajshift.inner import Inner
-from trajshift.loop import MetaTrainer
-from trajshift.metagrad import MetaGradient, Probe
-from trajshift.probe import RosterProbe
-from trajshift.recipe import Recipe
+from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.inner_optimizer import Inner
+from trajshift.recipes.build_tasks import build_tasks, model_factory
+from trajshift.recipes.recipe import Recipe
+from trajshift.rng import key, normal
 from trajshift.task import Task
+from trajshift.training.approximation_error import Gauge
+from trajshift.training.trainer import MetaTrainer
 
 POWER_STEPS = 20
 """Steps of the power iteration for the Hessian's norm: from below, to a few percent."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trajshift.evaluation.statistics import Estimate, show
 from trajshift.experiments.approximation.figures import error_figure, order_figure, shift_figure
-from trajshift.experiments.approximation.plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, scale
+from trajshift.experiments.approximation.measurement_plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, scale
 from trajshift.experiments.approximation.summary import (
     FIRST_K,
     SLOPE_K,
@@ -26,11 +27,10 @@ from trajshift.experiments.approximation.summary import (
     slopes,
 )
 from trajshift.experiments.tables import LEVEL, Table
-from trajshift.figures import save
-from trajshift.page import Page
-from trajshift.recipe import Recipe
-from trajshift.rundir import environment, replace_file
-from trajshift.statistics import Estimate, show
+from trajshift.recipes.recipe import Recipe
+from trajshift.report.figures import save
+from trajshift.report.page import Page
+from trajshift.runs.directory import environment, replace_file
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check

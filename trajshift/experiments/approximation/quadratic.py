@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trajshift.gauge import Gauge
-from trajshift.inner import Inner
-from trajshift.loop import MetaTrainer
+from trajshift.learners.inner_optimizer import Inner
 from trajshift.task import Task
+from trajshift.training.approximation_error import Gauge
+from trajshift.training.trainer import MetaTrainer
 
 DIMENSION, TASKS = 6, 3
 POINTS = 22

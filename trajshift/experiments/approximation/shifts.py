@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trajshift.carry import Carry
+from trajshift.algorithm.carries import Carry
 from trajshift.errors import UsageError
-from trajshift.learner import Learner
-from trajshift.probe import RosterProbe
+from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.learner import Learner
 
 if TYPE_CHECKING:
-    from trajshift.loop import MetaTrainer
+    from trajshift.training.trainer import MetaTrainer
 
 EVERY = 10
 """Inner steps between two Hessian-vector products of one learner."""

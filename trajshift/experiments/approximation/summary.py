@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trajshift.experiments.approximation.plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, key_of, scale
-from trajshift.statistics import Estimate, holm, interval, paired_test
+from trajshift.evaluation.statistics import Estimate, holm, interval, paired_test
+from trajshift.experiments.approximation.measurement_plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, key_of, scale
 
 SMALL = 0.1
 """Equation 5 wants alpha h k far below 1: slopes that it predicts are fitted where it is at most this."""

@@ -8,10 +8,10 @@ quality = quality_map(ours.phi[-1], 101, 0.1, tasks=tasks(seed=1))[:, 100]
 ```
 """
 
+from trajshift.experiments.landscape.himmelblau import DOMAIN, Landscape, grid, stack, tasks, template
 from trajshift.experiments.landscape.quality import quality_map
 from trajshift.experiments.landscape.resting import Optima, optima
-from trajshift.experiments.landscape.surface import DOMAIN, Landscape, grid, stack, tasks, template
-from trajshift.experiments.landscape.twin import OFFERED, Fates, Run, fates, run, updates
+from trajshift.experiments.landscape.vectorized_loop import OFFERED, Fates, Run, fates, run, updates
 
 __all__ = [
     "DOMAIN",

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trajshift.evaluation.statistics import interval
+from trajshift.experiments.landscape.himmelblau import DOMAIN, grid, tasks, template
 from trajshift.experiments.landscape.measure import METHODS, STARTS
 from trajshift.experiments.landscape.resting import Optima
 from trajshift.experiments.landscape.summary import Comparison
-from trajshift.experiments.landscape.surface import DOMAIN, grid, tasks, template
-from trajshift.figures import COLOURS, GREY, MARKERS, styled
-from trajshift.statistics import interval
+from trajshift.report.figures import COLOURS, GREY, MARKERS, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajshift.commands import need_report_extra
+from trajshift.cli.commands import need_report_extra
 from trajshift.experiments.landscape import measure
 from trajshift.experiments.landscape.measure import METHODS, End, Settings
 from trajshift.experiments.landscape.resting import Optima
-from trajshift.experiments.landscape.twin import Run
-from trajshift.experiments.perform import Jobs, Key, perform
-from trajshift.progress import Progress, duration
-from trajshift.rundir import disk_errors, environment, replace_file
+from trajshift.experiments.landscape.vectorized_loop import Run
+from trajshift.runs.directory import disk_errors, environment, replace_file
+from trajshift.utils.processes import Jobs, Key, perform
+from trajshift.utils.progress import Progress, duration
 
 UNITS = ("meta-updates", "inner steps")
 PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from trajshift.evaluation.statistics import Estimate, PairedTest, compare, interval, show
 from trajshift.experiments.landscape.measure import METHODS, End
 from trajshift.experiments.landscape.summary import (
     ACCURATE,
@@ -18,7 +19,6 @@ from trajshift.experiments.landscape.summary import (
     lower,
 )
 from trajshift.experiments.tables import Table, show_p
-from trajshift.statistics import Estimate, PairedTest, compare, interval, show
 
 if TYPE_CHECKING:
     from trajshift.experiments.landscape.experiment import Results

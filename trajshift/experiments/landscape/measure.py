@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trajshift.algorithm.methods import resolve
+from trajshift.experiments.landscape.himmelblau import Landscape, grid, stack, tasks
 from trajshift.experiments.landscape.quality import quality_map
 from trajshift.experiments.landscape.resting import Optima, optima
-from trajshift.experiments.landscape.surface import Landscape, grid, stack, tasks
-from trajshift.experiments.landscape.twin import Run, Watch, run, updates
-from trajshift.presets import resolve
+from trajshift.experiments.landscape.vectorized_loop import Run, Watch, run, updates
 
 METHODS = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile", "fomaml", "leap")
 """The methods compared, in the order of tables and figures."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from trajshift.data.hashing import key, normal
-from trajshift.experiments.landscape.surface import DOMAIN, VARIANTS, Landscape, tasks
-from trajshift.experiments.landscape.twin import OFFERED
-from trajshift.presets import METHODS
-from trajshift.trajectories import Layout
+from trajshift.algorithm.methods import METHODS
+from trajshift.experiments.landscape.himmelblau import DOMAIN, VARIANTS, Landscape, tasks
+from trajshift.experiments.landscape.vectorized_loop import OFFERED
+from trajshift.learners.parameter_matrix import Layout
+from trajshift.rng import key, normal
 
 STEPS = 600
 """Inner steps for which the page has the directions of random shifting; then they repeat."""
@@ -63,7 +63,7 @@ def _landscape(variant: str) -> dict[str, Any]:
 
 
 def _directions(landscape: Landscape) -> str:
-    """Angles of the core's random directions with seed 0, `[STEPS, T]` float64 in base64 (`trajshift.carry.random`)."""
+    """Angles of the core's random directions with seed 0, `[STEPS, T]` float64 in base64 (`carries.random`)."""
     draws = [
         normal(key(0, name, "direction", step), _ROW, dtype=torch.float64)[:2]
         for step in range(1, STEPS + 1)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from trajshift.experiments.landscape import drawing
 from trajshift.experiments.landscape.findings import Findings
-from trajshift.figures import save
-from trajshift.page import Page
+from trajshift.report.figures import save
+from trajshift.report.page import Page
 
 if TYPE_CHECKING:
     from trajshift.experiments.landscape.experiment import Results

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from trajshift.errors import UsageError, nearest
-from trajshift.experiments.landscape import surface
-from trajshift.experiments.landscape.surface import Landscape, as_points
+from trajshift.experiments.landscape import himmelblau
+from trajshift.experiments.landscape.himmelblau import Landscape, as_points
 
 OPTIMIZERS = ("adam", "sgd")
 _DECAY_1, _DECAY_2, _EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
@@ -45,7 +45,7 @@ def quality_map(
         raise UsageError(f"steps is {steps}; use at least 1")
     if not (lr > 0.0 and math.isfinite(lr)):
         raise UsageError(f"lr is {lr}; use a positive number")
-    landscape = tasks or surface.tasks()
+    landscape = tasks or himmelblau.tasks()
     theta = landscape.spread(as_points(points))
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     losses = []

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajshift.experiments.landscape.surface import Landscape, as_points, grid
-from trajshift.experiments.landscape.twin import updates
+from trajshift.experiments.landscape.himmelblau import Landscape, as_points, grid
+from trajshift.experiments.landscape.vectorized_loop import updates
 
 _UNIT = 1e-3
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
+from trajshift.algorithm.methods import resolve
 from trajshift.errors import UsageError
+from trajshift.experiments.landscape.himmelblau import grid
 from trajshift.experiments.landscape.measure import METHODS, Limit, Settings, finish, random_sets, yardstick
-from trajshift.experiments.landscape.surface import grid
-from trajshift.experiments.perform import Jobs, Key, perform
-from trajshift.experiments.saved import saved_rows
-from trajshift.presets import resolve
-from trajshift.progress import Progress, duration
-from trajshift.rows import append_row
+from trajshift.experiments.saved_rows import saved_rows
+from trajshift.runs.evaluation_rows import append_row
+from trajshift.utils.processes import Jobs, Key, perform
+from trajshift.utils.progress import Progress, duration
 
 FILE = "study.jsonl"
 _WIDEST = 12

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from trajshift.evaluation.statistics import PairedTest, show
 from trajshift.experiments.landscape.drawing import distribution_figure
 from trajshift.experiments.landscape.measure import METHODS, Limit, yardsticks
 from trajshift.experiments.landscape.study import Row, StudySettings, key_of, limit_of
 from trajshift.experiments.landscape.summary import Comparison, compared
-from trajshift.experiments.perform import Key
 from trajshift.experiments.tables import Table, show_p
-from trajshift.figures import save
-from trajshift.rundir import environment, replace_file
-from trajshift.statistics import PairedTest, show
+from trajshift.report.figures import save
+from trajshift.runs.directory import environment, replace_file
+from trajshift.utils.processes import Key
 
 Rows = Mapping[Key, Row]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trajshift.evaluation.statistics import Estimate, PairedTest, holm, interval, paired_test
 from trajshift.experiments.tables import LEVEL
-from trajshift.statistics import Estimate, PairedTest, holm, interval, paired_test
 
 PerSet = dict[str, dict[int, float]]
 """Method -> set -> number."""

@@ -1,0 +1,99 @@
+"""`trajshift` with one thing changed that no recipe has a field for (candidates of results/images/README.md).
+
+Command: python studies/images/variants.py VARIANT train ...         # the variants are the functions below, with dashes
+"""
+
+from __future__ import annotations
+
+import sys
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajshift.cli.main import main
+from trajshift.learners.inner_optimizer import Inner
+from trajshift.training.trainer import MetaTrainer
+
+COSINE = Inner(lr=1.0, schedule="cosine").lr_at
+STARTS = (0, 20, 60, 140, 300, 620, 1260)
+follow_gradient, take_step, mean_gradient = (
+    MetaTrainer.follow_gradient,
+    MetaTrainer.take_step,
+    MetaTrainer.mean_gradient,
+)
+
+
+def falling_meta_lr() -> None:
+    """The meta-learning rate falls to 0 along a cosine over the whole run."""
+    base: dict[int, float] = {}
+
+    def step(self: MetaTrainer) -> tuple[Tensor, bool]:
+        self.outer.lr = base.setdefault(id(self), self.outer.lr) * COSINE(self.step / self.total_steps)
+        return take_step(self)
+
+    MetaTrainer.take_step = step  # type: ignore[method-assign]
+
+
+def falling_inner_lr() -> None:
+    """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
+
+    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
+        return follow_gradient(self, learner, batch, lr=lr * COSINE(self.step / self.total_steps), ends=ends)
+
+    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+
+
+def heads_first() -> None:
+    """In the first 100 inner steps the new heads move alone."""
+
+    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
+        if self.step >= 100:
+            return follow_gradient(self, learner, batch, lr=lr, ends=ends)
+        loss: Tensor = learner.backward(batch, autocast=self.autocast, shared=False)
+        learner.step(lr)
+        learner.forget_gradients()
+        return loss
+
+    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+
+
+def weights_by_loss() -> None:
+    """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of that of chance."""
+    recent: dict[str, Tensor] = {}
+
+    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
+        loss = follow_gradient(self, learner, batch, lr=lr, ends=ends)
+        name = learner.task.name
+        recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
+        return loss
+
+    def mean(self: MetaTrainer) -> Tensor:
+        tasks = self.roster.tasks
+        shares = torch.stack([recent[name] / log(tasks[name].outputs or 2) for name in self.roster.names])
+        self.roster.weights.copy_(shares / shares.sum())
+        return mean_gradient(self)
+
+    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+    MetaTrainer.mean_gradient = mean  # type: ignore[method-assign]
+
+
+def growing_horizon() -> None:
+    """Rounds of 20, 40, 80, 160, 320, 640 and 740 inner steps instead of equal ones."""
+    MetaTrainer.k = property(  # type: ignore[method-assign, assignment]
+        lambda self: self.step - max(start for start in STARTS if start <= self.step)
+    )
+
+
+VARIANTS = {
+    function.__name__.replace("_", "-"): function
+    for function in (falling_meta_lr, falling_inner_lr, heads_first, weights_by_loss, growing_horizon)
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        print(f"variants.py: name one of {', '.join(VARIANTS)}, then trajshift's words", file=sys.stderr)
+        sys.exit(2)
+    VARIANTS[sys.argv.pop(1)]()
+    main()

@@ -1,0 +1,1 @@
+"""What tests share: small tasks and models, processes that die, data as it is downloaded."""

@@ -1,0 +1,1 @@
+"""What the paper says: the methods, the meta-gradients and the carries."""

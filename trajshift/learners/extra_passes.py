@@ -1,0 +1,72 @@
+"""Passes that a meta-gradient may ask for. None leaves a trace in a learner or a generator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trajshift.algorithm.conjugate_gradient import Product, hessian_product
+from trajshift.learners.active_learners import Roster
+from trajshift.learners.learner import Learner, untouched
+
+
+class RosterProbe:
+    """`metagrad.Probe` for the learners of a roster, at the theta they have now.
+
+    Args:
+        step: scheduled inner steps done; the last one used the training batches `step - 1`.
+
+    Attributes:
+        counts: `gradient_evaluations`: one for each pass, two for each Hessian-vector product.
+    """
+
+    def __init__(self, roster: Roster, phi: Tensor, step: int, autocast: torch.dtype | None) -> None:
+        self.phi = phi
+        self.theta = roster.theta
+        self.gradients = roster.gradients
+        self.counts: Counter[str] = Counter()
+        self._roster = roster
+        self._batch = step - 1
+        self._autocast = autocast
+
+    @contextmanager
+    def _pass(self, learner: Learner) -> Iterator[None]:
+        self.counts["gradient_evaluations"] += 1
+        with untouched(learner.module, learner.draw_of(self._batch), learner.device):
+            yield
+
+    def losses(self) -> Tensor:
+        """Losses `[T]` on the last training batches."""
+        losses = self.theta.new_zeros(len(self.theta))
+        for learner in self._roster.learners:
+            with torch.no_grad(), self._pass(learner):
+                losses[learner.row] = learner.forward(learner.batches.train(self._batch), self._autocast)
+        return losses
+
+    def gradients_at_end(self, split: str) -> Tensor:
+        """Gradients `[T, P]` on the last training batches (`train`) or on held-out ones (`heldout`)."""
+        for learner in self._roster.learners:
+            draw = learner.batches.heldout if split == "heldout" else learner.batches.train
+            with self._pass(learner):
+                learner.differentiate(learner.forward(draw(self._batch), self._autocast))
+            learner.gather()
+            learner.forget_gradients()
+        return self.gradients
+
+    @contextmanager
+    def hessian(self, row: int) -> Iterator[Product]:
+        """Products with the Hessian of one learner's loss on its last training batch."""
+        learner = self._roster.learners[row]
+        with self._pass(learner):
+            loss = learner.forward(learner.batches.train(self._batch), self._autocast)
+            product = hessian_product(loss, list(learner.shared.values()), learner.pieces)
+
+            def counted(v: Tensor) -> Tensor:
+                self.counts["gradient_evaluations"] += 2
+                return product(v)
+
+            yield counted

@@ -1,0 +1,416 @@
+"""One local learner: a module whose shared parameters are a row of the matrix, its own state, its inner optimizer.
+
+A learner's own state (head, parameters that not every task has, BatchNorm statistics and other buffers) never
+travels between tasks. Shared and frozen parameters are not part of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajshift.data.batches import TaskBatches
+from trajshift.errors import UsageError
+from trajshift.learners.initialization import tensor_names
+from trajshift.learners.inner_optimizer import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
+from trajshift.learners.parameter_matrix import Layout, Trajectories, is_in_head, shared_names
+from trajshift.rng import key, repeatable, seed_generators
+from trajshift.task import Batch, Task
+
+Factory = Callable[[Task], nn.Module]
+_USUAL_HEADS = ("fc", "head", "heads", "classifier")
+
+
+@contextmanager
+def seeded(draw: int, device: torch.device) -> Iterator[None]:
+    """Runs a block under the global generators seeded by a key; they are put back afterwards."""
+    with repeatable(device):
+        seed_generators(draw, device)
+        yield
+
+
+def as_factory(model: Factory | nn.Module, heads: str | Sequence[str] | None) -> Factory:
+    """A model factory; a plain module is copied for each task and gets a fresh head (the first named) of its size.
+
+    Raises:
+        UsageError: a module without a head's name, or a head that cannot be resized.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
+    if head is None:
+        raise UsageError("a module was given as the model: name its head, for instance head='fc'")
+    try:
+        old = model.get_submodule(head)
+    except AttributeError:
+        raise UsageError(f"the model has no part named {head!r}; name its head") from None
+    if not isinstance(old, nn.Linear):
+        raise UsageError(
+            f"head {head!r} is a {type(old).__name__}; only a Linear one can be resized, "
+            "pass a factory model(task) instead"
+        )
+
+    def build(task: Task) -> nn.Module:
+        if task.outputs is None:
+            raise UsageError(f"task {task.name!r} names no outputs, which size its head; set outputs")
+        module = copy.deepcopy(model)
+        fresh = nn.Linear(old.in_features, task.outputs, bias=old.bias is not None)
+        parent, _, leaf = head.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, fresh.to(old.weight))
+        return module
+
+    return build
+
+
+def faster_channels_last(module: nn.Module) -> bool:
+    """Whether it has float32 convolutions over images (a ResNet20's step then takes three quarters of the time)."""
+    return any(isinstance(part, nn.Conv2d) and part.weight.dtype is torch.float32 for part in module.modules())
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """The module, its convolutions' weights laid out channels-last; they make the activations follow."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fresh_module(factory: Factory, task: Task, draw: int) -> nn.Module:
+    """A module from the factory with all its random numbers drawn from one key, in training mode."""
+    with seeded(draw, torch.device("cpu")):
+        module = factory(task)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"the model factory returned {type(module).__name__} for task {task.name!r}, not a module")
+    return module.train()
+
+
+def phi_key(seed: int) -> int:
+    """The draw behind the first phi: it depends on the seed alone."""
+    return key(seed, "phi")
+
+
+def head_key(seed: int, task: str, renewal: int = 0) -> int:
+    """The draw behind a task's own parameters; `renewal` counts the rounds at which heads were renewed."""
+    return key(seed, task, "head", renewal)
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """What all learners have in common, found by building the model once for every task."""
+
+    factory: Factory
+    layout: Layout
+    heads: tuple[str, ...]
+    phi: Tensor
+    """The first phi `[P]`, on the CPU."""
+    frozen: dict[str, Tensor]
+    """Frozen parameters with the same shape in all tasks: they exist once."""
+    channels_last: bool
+    """Whether the factory's modules keep their convolutions' weights channels-last."""
+    names: frozenset[str]
+    """Of all parameters and buffers of the first task's model."""
+
+    @classmethod
+    def inspect(
+        cls,
+        factory: Factory,
+        tasks: Sequence[Task],
+        head: str | Sequence[str] | None,
+        rule: Sequence[str] | None,
+        seed: int,
+        channels_last: bool | None = None,
+    ) -> Blueprint:
+        """Builds the model for each task, decides what is shared and draws the first phi.
+
+        Raises:
+            UsageError: no head can be found, or the sharing rule does not fit.
+        """
+        first = fresh_module(factory, tasks[0], phi_key(seed))
+        if channels_last is None:
+            channels_last = faster_channels_last(first)
+        if channels_last:
+            made = factory
+            factory, first = lambda task: to_channels_last(made(task)), to_channels_last(first)
+        heads = find_heads(first, head, rule)
+        frozen = {name: p.data for name, p in first.named_parameters() if not p.requires_grad}
+        trainable: dict[str, dict[str, tuple[int, ...]]] = {}
+        for task in tasks:
+            named = dict(fresh_module(factory, task, head_key(seed, task.name)).named_parameters())
+            trainable[task.name] = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad}
+            frozen = {n: f for n, f in frozen.items() if n in named and named[n].shape == f.shape}
+        parameters = dict(first.named_parameters())
+        shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
+        layout = Layout(shared)
+        phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
+        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first))
+
+    def admit(self, tasks: Sequence[Task], seed: int) -> None:
+        """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
+        for task in tasks:
+            named = dict(fresh_module(self.factory, task, head_key(seed, task.name)).named_parameters())
+            for entry in self.layout.entries:
+                shape = tuple(named[entry.name].shape) if entry.name in named else "missing"
+                if shape != entry.shape:
+                    raise UsageError(
+                        f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there, "
+                        f"{entry.shape} in this run"
+                    )
+
+
+def find_heads(module: nn.Module, head: str | Sequence[str] | None, rule: Sequence[str] | None) -> tuple[str, ...]:
+    """Dotted names of the heads: those given, else the usual one there is; none where a sharing rule does without.
+
+    Raises:
+        UsageError: a head that the model does not have, or none that can be told.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if head is None:
+        children = {name for name, _ in module.named_children()}
+        found = tuple(name for name in _USUAL_HEADS if name in children)
+        if len(found) != 1 and rule is None:
+            which = " and ".join(repr(name) for name in found) or "none of " + ", ".join(map(repr, _USUAL_HEADS))
+            raise UsageError(f"cannot tell which part of the model is the head (found {which}); name it with head=")
+        return found
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    for one in heads:
+        if not any(is_in_head(name, (one,)) for name in names):
+            raise UsageError(
+                f"the model has no head named {one!r}; its parts are {sorted({n.split('.')[0] for n in names})}"
+            )
+    return heads
+
+
+@contextmanager
+def untouched(module: nn.Module, draw: int, device: torch.device) -> Iterator[None]:
+    """Runs passes that leave no trace: buffers (BatchNorm statistics, counters) and generators are put back.
+
+    The module sees copies of its buffers meanwhile, so the originals are not even written to.
+    """
+    saved = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
+    try:
+        for part, name, buffer in saved:
+            part._buffers[name] = buffer.clone()
+        with seeded(draw, device):
+            yield
+    finally:
+        for part, name, buffer in saved:
+            part._buffers[name] = buffer
+
+
+class Learner:
+    """The local learner of one task, bound to one row of the trajectories."""
+
+    def __init__(
+        self,
+        task: Task,
+        batches: TaskBatches,
+        blueprint: Blueprint,
+        inner: Inner,
+        *,
+        seed: int,
+        adapt_shared: bool,
+        device: torch.device,
+    ) -> None:
+        self.task = task
+        self.batches = batches
+        self.inner = inner
+        self.seed = seed
+        self.device = device
+        self.adapt_shared = adapt_shared
+        self._blueprint = blueprint
+        self.module = fresh_module(blueprint.factory, task, head_key(seed, task.name))
+        named = dict(self.module.named_parameters())
+        for name, tensor in blueprint.frozen.items():
+            named[name].data = tensor
+        shared = {entry.name for entry in blueprint.layout.entries}
+        self.own = {name: p for name, p in named.items() if p.requires_grad and name not in shared}
+        for tensor in [p for name, p in named.items() if name not in shared and name not in blueprint.frozen]:
+            tensor.data = tensor.data.to(device)
+        for part in self.module.modules():
+            part._buffers = {n: b if b is None else b.to(device) for n, b in part._buffers.items()}
+        self.shared: dict[str, nn.Parameter] = {}
+        self.optimizer: torch.optim.Optimizer
+        self._flat: nn.Parameter | None = None
+
+    # -- the row ---------------------------------------------------------------------------------------------
+
+    def bind(self, trajectories: Trajectories, gradients: Tensor | None, row: int) -> None:
+        """Moves into a row of theta `[T, P]`; `gradients` `[T, P]`, if any, receives what `gather` collects."""
+        first_time = not self.shared
+        self.row = row
+        self._trajectories = trajectories
+        self.shared = trajectories.bind(row, self.module)
+        self._gradient_row = None if gradients is None else gradients[row]
+        if self.inner.flat and self.adapt_shared:
+            if self._flat is None:
+                self._flat = nn.Parameter(trajectories.theta[row])
+            self._flat.data = trajectories.theta[row]
+        if first_time:
+            self.renew_optimizer()
+
+    def take(self, task: Task, batches: TaskBatches) -> None:
+        """Goes on with other data, another loss or weight of the same task.
+
+        Raises:
+            UsageError: other outputs, for which the head at hand is of the wrong size.
+        """
+        if task.outputs != self.task.outputs:
+            raise UsageError(
+                f"task {task.name!r} came back with {task.outputs} outputs and has a head for {self.task.outputs}; "
+                "give it another name"
+            )
+        self.task, self.batches = task, batches
+
+    def check(self) -> None:
+        """Refuses a module whose parameters left the matrix or were replaced."""
+        self._trajectories.check(self.row, self.module, {**self.shared, **self.own}, self.task.name)
+
+    def renew_optimizer(self) -> None:
+        """Forgets the inner optimizer's state."""
+        parameters = [*self._optimized().values()]
+        self.optimizer = self.inner.build(parameters)
+
+    def _optimized(self) -> dict[str, nn.Parameter]:
+        if not self.adapt_shared:
+            if not self.own:
+                raise UsageError(f"task {self.task.name!r} has no parameters of its own for adapt head; use adapt all")
+            return self.own
+        if self._flat is not None:
+            return {"(row)": self._flat, **self.own}
+        return {**self.shared, **self.own}
+
+    # -- one inner step --------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, autocast: torch.dtype | None = None) -> Tensor:
+        """The training loss, a scalar."""
+        with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+            loss = self.task.compute_loss(self.module, batch)
+        if loss.ndim != 0:
+            raise UsageError(f"the loss of task {self.task.name!r} has shape {tuple(loss.shape)}; return one number")
+        return loss
+
+    def draw_of(self, step: int) -> int:
+        """What the global generator is set to for a pass: dropout draws the same however a step is reached."""
+        return key(self.seed, self.task.name, "forward", step)
+
+    def seed_generators(self, step: int) -> None:
+        """Sets the global generator for training batch `step`."""
+        seed_generators(self.draw_of(step), self.device)
+
+    def backward(self, batch: Batch, *, autocast: torch.dtype | None, shared: bool) -> Tensor:
+        """Gradients of the loss on a batch; returns the loss, detached.
+
+        With `shared` False only the task's own parameters get gradients.
+        """
+        loss = self.forward(batch, autocast)
+        loss.backward(inputs=None if shared else list(self.own.values()))
+        return loss.detach()
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Gradients of a loss for the shared parameters alone."""
+        loss.backward(inputs=list(self.shared.values()))
+
+    def forget_gradients(self) -> None:
+        """Frees the gradients, so that tasks that run one after another share their memory."""
+        self.module.zero_grad(set_to_none=True)
+
+    def pieces(self, row: Tensor) -> list[Tensor]:
+        """A row `[P]` cut into the shared parameters' shapes, in their order."""
+        return list(self._blueprint.layout.views(row).values())
+
+    def pull(self, phi: Tensor, strength: float) -> None:
+        """Adds the gradient of `strength / 2 * ||theta - phi||^2` (iMAML's proximal term)."""
+        towards = self._trajectories.layout.views(phi)
+        for name, parameter in self.shared.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.data - towards[name], alpha=strength)
+
+    def gather(self) -> None:
+        """Copies the shared parameters' gradients into this learner's row; a missing one counts as zero."""
+        assert self._gradient_row is not None
+        slots = zip(self.pieces(self._gradient_row), self.shared.values(), strict=True)
+        present = [(view, parameter.grad) for view, parameter in slots if parameter.grad is not None]
+        if any(gradient.is_sparse for _, gradient in present):
+            raise UsageError(f"task {self.task.name!r} has sparse gradients; use Embedding(sparse=False)")
+        if len(present) < len(self.shared):
+            self._gradient_row.zero_()
+        torch._foreach_copy_([view for view, _ in present], [gradient for _, gradient in present])
+
+    def clip(self, limit: float) -> None:
+        """Scales all gradients of this task so that their joint norm is at most `limit`."""
+        nn.utils.clip_grad_norm_([*self.shared.values(), *self.own.values()], limit)
+
+    def step(self, lr: float | Tensor) -> None:
+        """One step of the inner optimizer on the gradients at hand."""
+        if self._flat is not None:
+            missing = [name for name, parameter in self.shared.items() if parameter.grad is None]
+            if missing:
+                raise UsageError(
+                    f"parameter {missing[0]!r} got no gradient in task {self.task.name!r}, and flat would decay it; "
+                    "set flat=False"
+                )
+            self._flat.grad = self._gradient_row
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+
+    def shift_state(self, delta: Mapping[str, Tensor]) -> None:
+        """Moves optimizer state that lives in parameter space (averages, anchors) by delta."""
+        for name, parameter in self.shared.items():
+            for label, value in self.optimizer.state.get(parameter, {}).items():
+                if label in PARAMETER_SPACE_STATE:
+                    value.add_(delta[name])
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def renew(self, what: frozenset[str], renewal: int) -> None:
+        """Renews `heads` (and other parameters of its own), `statistics` (BatchNorm's) or `optimizer` state."""
+        if "heads" in what:
+            fresh = fresh_module(self._blueprint.factory, self.task, head_key(self.seed, self.task.name, renewal))
+            values = dict(fresh.named_parameters())
+            for name, parameter in self.own.items():
+                parameter.data.copy_(values[name].data)
+        if "statistics" in what:
+            for part in self.module.modules():
+                reset = getattr(part, "reset_running_stats", None)
+                if reset is not None:
+                    reset()
+        if "optimizer" in what:
+            self.renew_optimizer()
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The task's own parameters (`own/NAME`) and buffers (`buffer/NAME`); not copies."""
+        tensors = {f"own/{name}": parameter.data for name, parameter in self.own.items()}
+        return tensors | {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
+
+    def load_own_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `own_tensors`, in place; other entries are left aside.
+
+        Raises:
+            UsageError: the tensors are of another model.
+        """
+        mine = self.own_tensors()
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("own/", "buffer/"))}
+        shapes, known = ({name: tuple(t.shape) for name, t in named.items()} for named in (mine, saved))
+        for name in {**shapes, **known}:
+            if shapes.get(name) != known.get(name):
+                raise UsageError(
+                    f"the saved state of task {self.task.name!r} is of another model: {name} has shape "
+                    f"{known.get(name, 'missing')} there, {shapes.get(name, 'missing')} here; use that model"
+                )
+        for name, tensor in mine.items():
+            tensor.copy_(saved[name])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that belongs to this learner but its row: own tensors and optimizer state; not copies."""
+        tensors, numbers = state_tensors(self.optimizer, list(self._optimized()))
+        return self.own_tensors() | {f"optimizer/{name}": tensor for name, tensor in tensors.items()}, numbers
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.load_own_tensors(tensors)
+        prefix = "optimizer/"
+        kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        load_state_tensors(self.optimizer, list(self._optimized()), kept, numbers)

@@ -1,0 +1,1 @@
+"""Run directories: training into one, resuming, fine-tuning from many, sweeps. Reading one needs no torch."""

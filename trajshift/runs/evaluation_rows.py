@@ -1,0 +1,157 @@
+"""The rows of `runs/NAME/evaluation.jsonl`: read, appended, collected over runs; torch-free."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from trajshift.errors import UsageError
+from trajshift.evaluation.comparison import FINAL, UNTRAINED, Row, label_runs
+from trajshift.recipes.recipe import Recipe, flatten, load
+from trajshift.runs.directory import RunDirectory, read_jsonl
+
+FILE = "evaluation.jsonl"
+_FIELDS = {"checkpoint": (str, int), "target": str, "steps": int, "seed": int, "inner_steps": int, "method": str}
+
+
+def collect(
+    paths: Sequence[Path | str],
+    section: str = "targets",
+    *,
+    train_images: Sequence[int | None] | None = None,
+    as_asked: bool = False,
+) -> tuple[list[Row], list[str]]:
+    """All saved rows of these runs on one section's tasks, labelled, and notes on rows left out.
+
+    `train_images` takes only these numbers of training images (None in it: all of them), `as_asked` only the targets
+    and the fine-tuning of each run's recipe as it stands.
+    Where a fine-tuning was repeated with other settings the last one counts; rows from an initialization that
+    has been trained further since are left out. Rows without meta-training count once for each seed.
+    """
+    paths = distinct(paths)
+    recipes = {path: load(path) for path in paths}
+    labels = labels_of(recipes)
+    rows: list[Row] = []
+    notes = []
+    seen = set()
+    for path in paths:
+        latest: dict[tuple[Any, ...], Row] = {}
+        saved = read_evaluation(path)
+        current = _digests(path, {row["checkpoint"] for row in saved})
+        fresh = [row for row in saved if current.get(row["checkpoint"], row.get("phi")) == row.get("phi")]
+        if len(fresh) < len(saved):
+            notes.append(
+                f"{path.name}: {len(saved) - len(fresh)} saved results are left out, "
+                "the initialization behind them has changed since"
+            )
+        asked = {name: setting_of(recipes[path], section, name) for name in getattr(recipes[path], section)}
+        for row in fresh:
+            wanted = train_images is None or row.get("train_images") in train_images
+            stands = not as_asked or row.get("setting") == asked.get(row["target"])
+            if wanted and stands and row.get("section", "targets") == section:
+                latest[place_of(row)] = row
+        for row in latest.values():
+            key = (None if row["checkpoint"] in UNTRAINED else path, *identity_of(row))
+            if key not in seen:
+                seen.add(key)
+                rows.append(labelled(row, path, labels))
+    return rows, notes
+
+
+def read_evaluation(path: Path | str) -> list[Row]:
+    """The rows of a run's evaluation.jsonl; a half-written last line is left out, a missing file has none."""
+    return read_jsonl(Path(path) / FILE, _FIELDS)
+
+
+def append_row(file: Path, row: Row) -> None:
+    """Adds one row; a half-written last line left by a crash is cut off first."""
+    with open(file, "ab+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # two commands may fine-tune from one run; released when closed
+        stream.seek(0)
+        whole = stream.read().rfind(b"\n") + 1
+        stream.truncate(whole)
+        stream.write((json.dumps(row) + "\n").encode())
+
+
+# -- starting points ---------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(path: Path) -> Iterator[tuple[int, Path]]:
+    """Step and folder of every checkpoint kept, in order."""
+    folder = RunDirectory(path).checkpoints
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+    yield from sorted((int(entry.name), entry) for entry in found)
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checksums not compared."""
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"checkpoint {checkpoint} has no readable manifest.json ({error}); delete it") from None
+    return manifest
+
+
+def digest_of(source: Path | None) -> str | None:
+    """Identifies the phi in a file or checkpoint."""
+    if source is None:
+        return None
+    if source.is_dir():
+        return str(manifest_of(source)["files"]["shared.safetensors"])[:12]
+    return sha256(source.read_bytes()).hexdigest()[:12]
+
+
+def _digests(path: Path, wanted: set[str | int]) -> dict[str | int, str | None]:
+    """Digests of the starting points that are still there."""
+    sources: dict[str | int, Path] = dict(checkpoints_of(path))
+    final = RunDirectory(path).initialization
+    if final.is_file():
+        sources[FINAL] = final
+    return {name: digest_of(source) for name, source in sources.items() if name in wanted}
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def place_of(row: Row) -> tuple[Any, ...]:
+    """What a saved row is a result for, within its run."""
+    return row["checkpoint"], row["target"], row.get("train_images"), row["steps"]
+
+
+def identity_of(row: Row) -> tuple[Any, ...]:
+    """Two rows with this in common hold the same numbers."""
+    return (*place_of(row), row["seed"], row.get("setting"), row.get("phi"))
+
+
+def setting_of(recipe: Recipe, section: str, name: str) -> str:
+    """Digest of all that decides a fine-tuning besides phi, seed and the number of images."""
+    parts = ("model", "head", "data", "finetune", f"{section}.{name}")
+    fields = {
+        key.replace(f"{section}.{name}", "target"): value
+        for key, value in flatten(recipe).items()
+        if any(key == part or key.startswith(f"{part}.") for part in parts)
+        and key not in ("data.root", "finetune.train_images")
+    }
+    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def distinct(paths: Sequence[Path | str]) -> list[Path]:
+    """Paths of different folders; refuses none at all."""
+    if not paths:
+        raise UsageError("no run directory was given; name at least one")
+    return list({Path(path).resolve(): Path(path) for path in paths}.values())
+
+
+def labels_of(recipes: Mapping[Path, Recipe]) -> dict[Path, str]:
+    """`comparison.label_runs` for recipes."""
+    return label_runs({path: flatten(recipe) for path, recipe in recipes.items()})
+
+
+def labelled(row: Row, path: Path, labels: Mapping[Path, str]) -> Row:
+    """The row with its label among these runs and the run's name; what was not meta-trained belongs to no run."""
+    start = row["checkpoint"]
+    return row | {"label": start if start in UNTRAINED else labels[path], "run": path.name}

@@ -1,0 +1,312 @@
+"""Many runs on one machine: a few worker processes, each with its share of the cores. This side is torch-free.
+
+A job is one run: meta-train (or go on with) its directory, then fine-tune the tasks of one section. Jobs leave
+everything in their run directories, so a pool that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from trajshift.errors import NonFiniteLoss, UsageError
+from trajshift.recipes.recipe import Recipe
+from trajshift.recipes.sections import DataRecipe, TaskRecipe
+from trajshift.runs.directory import RunDirectory
+from trajshift.runs.evaluation_rows import FILE
+from trajshift.utils.progress import Progress
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at how far the runs are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run and what to fine-tune from it."""
+
+    path: Path
+    """The run directory."""
+    recipe: Recipe
+    section: str | None = None
+    """`targets` or `tuning`: fine-tuned after training; None for neither."""
+    scratch: bool = False
+    """Also fine-tune without meta-training, with the run's seed."""
+    checkpoints: bool = False
+    """Also fine-tune from every checkpoint kept."""
+    train_images: tuple[int, ...] | None = None
+    """Numbers of training images per task; None takes the recipe's."""
+
+    def tuned_tasks(self) -> dict[str, TaskRecipe]:
+        """The tasks to fine-tune, by name."""
+        return {} if self.section is None else dict(getattr(self.recipe, self.section))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of training and of all fine-tunings."""
+        return self.recipe.total_steps + self.tuning_steps
+
+    @property
+    def tuning_steps(self) -> int:
+        """Steps of all fine-tunings."""
+        starts, output = 1 + self.scratch, self.recipe.output
+        if self.checkpoints and output.checkpoint_every:
+            saved = -(-self.recipe.total_steps // output.checkpoint_every)
+            starts += saved if output.keep is None else min(saved, output.keep)
+        sizes = 1 if self.train_images is None else len(self.train_images)
+        return starts * sizes * len(self.tuned_tasks()) * self.recipe.finetune.steps
+
+    def line(self) -> str:
+        """The job as one line for a worker."""
+        return json.dumps({**asdict(self), "path": str(self.path)}) + "\n"
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, UsageError]:
+    """Do all jobs in `workers` processes; returns for each run that failed why: `NonFiniteLoss` where it diverged.
+
+    Each process gets cores / workers threads, unless the recipe (or the run that is continued) says otherwise.
+    What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
+
+    Raises:
+        UsageError: a run directory holds a run of another recipe, or what the runs need is not there: a device, weights
+            to start from, data, or the test images of what is fine-tuned.
+        KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
+    """
+    # refuses what is there but differs, before any work
+    _refuse_what_is_missing([job for job in jobs if not RunDirectory(job.path).is_complete(job.recipe)])
+    workers = max(1, min(workers, len(jobs)))
+    threads = max(1, cores() // workers)
+    ready: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        ready.put(_with_threads(job, threads))
+    results: queue.SimpleQueue[tuple[Path, UsageError | None]] = queue.SimpleQueue()
+    failures: dict[Path, UsageError] = {}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        staff = [_Worker(ready, results, file, threads) for _ in range(workers)]
+        with stop_on_signal(), Progress(title, _total(jobs), start=_done(jobs)) as progress:
+            try:
+                for worker in staff:
+                    worker.start()
+                _wait(jobs, results, failures, progress)
+            finally:
+                for worker in staff:
+                    worker.stop()
+    return failures
+
+
+def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
+    """Looks for each thing once: devices, weights to start from, caches, and the data of what is fine-tuned last."""
+    if not jobs:
+        return
+    from trajshift.learners.pretrained import load_start
+    from trajshift.recipes.build_tasks import build_task, refuse_absent_device
+    from trajshift.task import untested
+
+    for device in dict.fromkeys(job.recipe.device for job in jobs):
+        refuse_absent_device(device)
+    for start in dict.fromkeys(job.recipe.initialization for job in jobs):
+        if start is not None:
+            load_start(start)
+    wanted: dict[str, tuple[str, TaskRecipe, DataRecipe, bool]] = {}
+    for job in jobs:
+        data, last = job.recipe.data, job.tuned_tasks()
+        for name, task in (job.recipe.source_tasks() | last).items():
+            if task.source.startswith("cache:") or name in last:
+                wanted.setdefault(f"{task} {data}", (name, task, data, name in last))
+    errors = []
+    for name, task, data, tested in wanted.values():
+        try:
+            if build_task(name, task, data).test is None and tested:
+                raise untested(name)
+        except UsageError as error:
+            errors.append((task.source, str(error)))
+    if errors:
+        others = ", ".join(source for source, _ in errors[1:])
+        raise UsageError(errors[0][1] + (f"; likewise {others}" if others else ""))
+
+
+def _with_threads(job: Job, threads: int) -> Job:
+    """A run that is continued keeps the threads it was started with."""
+    run = RunDirectory(job.path)
+    chosen = job.recipe.threads or (run.recipe().threads if run.exists else None) or threads
+    return replace(job, recipe=replace(job.recipe, threads=chosen))
+
+
+def _total(jobs: Sequence[Job]) -> int:
+    return sum(job.total_steps for job in jobs)
+
+
+def _done(jobs: Sequence[Job], finished: Collection[Path] = ()) -> int:
+    """Steps of training, and of the fine-tunings that left a row."""
+    done = 0
+    for job in jobs:
+        if job.path in finished:
+            done += job.total_steps
+            continue
+        rows = job.path / FILE
+        tuned = rows.read_bytes().count(b"\n") * job.recipe.finetune.steps if rows.exists() else 0
+        done += min(RunDirectory(job.path).last_step(), job.recipe.total_steps) + min(tuned, job.tuning_steps)
+    return done
+
+
+def _wait(
+    jobs: Sequence[Job],
+    results: queue.SimpleQueue[tuple[Path, UsageError | None]],
+    failures: dict[Path, UsageError],
+    progress: Progress,
+) -> None:
+    finished: set[Path] = set()
+    while len(finished) < len(jobs):
+        try:
+            path, failure = results.get(timeout=LOOK_EVERY)
+        except queue.Empty:
+            pass
+        else:
+            finished.add(path)
+            if failure is not None:
+                failures[path] = failure
+                progress.note(f"{path.name} failed: {failure}")
+        note = f"{len(finished)} of {len(jobs)} runs trained and fine-tuned"
+        progress.update(_done(jobs, finished - failures.keys()), note=note)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[None]:
+    """SIGTERM ends the wait as SIGINT does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Worker(threading.Thread):
+    """Feeds one worker process; starts another where one died."""
+
+    def __init__(
+        self,
+        ready: queue.SimpleQueue[Job],
+        results: queue.SimpleQueue[tuple[Path, UsageError | None]],
+        log: IO[str],
+        threads: int,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._ready, self._results, self._log, self._threads = ready, results, log, threads
+        self._process: subprocess.Popen[str] | None = None
+        self._stopping = False
+
+    def run(self) -> None:
+        """Take jobs until there are none."""
+        while not self._stopping:
+            try:
+                job = self._ready.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                failure = self._do(job)
+            # No process to be had, an answer that is none: nobody must wait for ever.
+            except Exception as error:
+                failure = UsageError(f"{type(error).__name__}: {error}")
+            if not self._stopping:
+                self._results.put((job.path, failure))
+
+    def _do(self, job: Job) -> UsageError | None:
+        """Do one job; returns why it failed."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(job.line())
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            self._process = None
+            status = process.wait()
+            process.stdout.close()
+            with suppress(OSError):
+                process.stdin.close()
+            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+                return UsageError("its process was told to stop; give the same command again to go on")
+            return UsageError(f"its process ended with status {status}; see {self._log.name}")
+        said = json.loads(answer)
+        if said["failure"] is None:
+            return None
+        return (NonFiniteLoss if said["diverged"] else UsageError)(said["failure"])
+
+    def _start(self) -> subprocess.Popen[str]:
+        here = str(Path(__file__).parents[2])
+        path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH", "")) if part)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trajshift.runs.worker", str(self._threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": path},
+        )
+        return self._process
+
+    def stop(self) -> None:
+        """End the process: at once where it is idle, after a checkpoint where it trains."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
+        if self.is_alive():
+            process.terminate()
+        _wait_patiently(process)
+        if process.stdout is not None:
+            self.join()
+            process.stdout.close()
+
+
+def _wait_patiently(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that may be writing a checkpoint, whatever signals come meanwhile."""
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            continue
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def refuse_failures(failures: dict[Path, UsageError]) -> None:
+    """Stop where runs failed that must not.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for path, failure in failures.items():
+        raise UsageError(f"{path} failed: {failure}")

@@ -1,0 +1,293 @@
+"""The run driver: meta-trains a recipe into its run directory, stops cleanly, resumes bit for bit.
+
+The numbers come from `loop.MetaTrainer`; here is only when to log, when to save and when to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from trajshift.data.loader import workers_alive
+from trajshift.distributed import World, set_threads
+from trajshift.errors import NonFiniteLoss, UsageError
+from trajshift.recipes.build_tasks import build_trainer, describe_start, unshared
+from trajshift.recipes.recipe import Recipe
+from trajshift.runs.directory import (
+    RunDirectory,
+    check_boundary,
+    disk_errors,
+    environment,
+    fingerprint,
+    resumed_recipe,
+    with_absolute_paths,
+)
+from trajshift.runs.evaluation_rows import manifest_of
+from trajshift.training import checkpoint
+from trajshift.training.trainer import Event
+from trajshift.utils.progress import Progress
+
+POLL_EVERY = 5
+"""Inner steps between the ranks' agreements on whether someone was told to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    path: Path
+    step: int
+    """Inner steps done."""
+    complete: bool
+    signal: int | None
+    """The signal that stopped it; None for none."""
+
+
+def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
+    """Meta-train a recipe in the run directory `path`, or go on with what is there.
+
+    On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
+
+    Raises:
+        UsageError: the directory holds a run and `resume` is False, the recipe differs where it must not, a loss is
+            not finite (the last good checkpoint is kept), or the disk is full.
+    """
+    world = World.current(recipe.device)
+    directory = RunDirectory(path)
+    advice = f"lower workers, or find more memory, and continue with: trajshift train --resume {path}"
+    with disk_errors(directory.path), workers_alive(advice):
+        try:
+            return _Run(recipe, directory, world, resume=resume, quiet=quiet).go()
+        finally:
+            directory.unlock()
+
+
+class _Run:
+    """One process's part in one call of `train`."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, *, resume: bool, quiet: bool) -> None:
+        self.directory = directory
+        self.world = world
+        self.first = world.rank == 0
+        self.quiet = quiet
+        recipe = with_absolute_paths(recipe)
+        self.old = directory.recipe() if directory.exists else None
+        if self.old is not None:
+            if not resume:
+                raise UsageError(
+                    f"{directory.path} already holds a run; continue it with --resume or choose another --name"
+                )
+            recipe = resumed_recipe(self.old, recipe, directory.path)
+        world.barrier()  # every rank has looked before the first one writes
+        self._lock()
+        self.recipe = replace(recipe, threads=set_threads(world, recipe.threads))
+        self.trainer = build_trainer(self.recipe)
+        self.fingerprint = fingerprint(self.recipe)
+        self.seconds = 0.0
+        self.board: Any = None
+
+    def go(self) -> Outcome:
+        """Start or resume, train, and finish."""
+        self._resume()
+        if self.first:
+            self.directory.write_recipe(self.recipe)
+            self.directory.write_environment(self._environment(), self.trainer.describe())
+            self.seconds = self.directory.seconds()
+            self.board = self._tensorboard()
+        title = f"{self.directory.path.name} ({self.trainer.method.name})"
+        show = self.first and not self.quiet
+        with (
+            Signals() as signals,
+            Progress(title, self.trainer.total_steps, start=self.trainer.step, enabled=show) as progress,
+        ):
+            self._announce(progress)
+            stopped = self._loop(signals, progress)
+        if self.board is not None:
+            self.board.close()
+        complete = self.trainer.step >= self.trainer.total_steps
+        if complete and self.first:
+            self.trainer.initialization.save(self.directory.initialization)
+        self.world.barrier()
+        return Outcome(self.directory.path, self.trainer.step, complete, stopped)
+
+    # starting -----------------------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        """Take the directory; where that fails all ranks say so instead of waiting for each other."""
+        failure: Exception | None = None
+        if self.first:
+            try:
+                self.directory.lock()
+            except (OSError, UsageError) as error:
+                failure = error
+        if self.world.any(failure is not None):
+            raise failure or UsageError(f"{self.directory.path} could not be taken by rank 0")
+
+    def _resume(self) -> None:
+        """Load the newest valid checkpoint, if there is one, and cut what was written after it."""
+        found = checkpoint.latest_valid(self.directory.checkpoints) if self.old is not None else None
+        metrics_bytes = 0
+        if found is not None:
+            newest, notes = found
+            for note in notes if self.first else ():
+                print(note, file=sys.stderr)
+            if newest is not None:
+                extra = manifest_of(newest)["extra"]  # its checksums were just compared
+                if extra["recipe"] != self.fingerprint:
+                    raise UsageError(f"{newest} was written by another recipe; remove it or start a new run")
+                assert self.old is not None
+                check_boundary(self.old, self.recipe, int(newest.name))
+                checkpoint.load(newest, self.trainer)
+                metrics_bytes = extra["metrics_bytes"]
+        if self.first and self.old is not None:
+            self.directory.cut(self.trainer.step, metrics_bytes)
+        self.world.barrier()
+
+    def _environment(self) -> dict[str, Any]:
+        details = environment()
+        if self.trainer.device.type == "cuda":
+            details["device"] = torch.cuda.get_device_name(self.trainer.device)
+        return {
+            **details,
+            "from_step": self.trainer.step,
+            "processes": self.world.size,
+            "threads": self.recipe.threads,
+        }
+
+    def _tensorboard(self) -> Any:
+        """A TensorBoard writer, or None where it is switched off or not installed."""
+        if not self.recipe.output.tensorboard:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self.directory.path / "tensorboard"), purge_step=self.trainer.step + 1)
+
+    def _announce(self, progress: Progress) -> None:
+        choices = self.trainer.describe()
+        where = f"from step {self.trainer.step}" if self.trainer.step else f"in {self.directory.path}"
+        text = ", ".join(f"{key} {_short(value)}" for key, value in choices.items() if _is_plain(value))
+        progress.note(f"{self.directory.path.name} {where}: {text}")
+        if self.trainer.step == 0 and (start := describe_start(self.recipe, self.trainer)):
+            progress.note(start)
+        if own := unshared(self.trainer):
+            progress.note(f"not shared, because not every task has them with one shape: {', '.join(own)}")
+
+    # training -----------------------------------------------------------------------------------------------
+
+    def _loop(self, signals: Signals, progress: Progress) -> int | None:
+        """Train to the end or to a signal; returns the signal."""
+        output = self.recipe.output
+        saved = self.trainer.step if self.trainer.step else -1
+        began, before = time.monotonic(), self.seconds
+        total = self.trainer.total_steps
+        for event in self.trainer:
+            step = event.step
+            last = step == total
+            stop = self._told_to_stop(signals, step)
+            log = step % output.log_every == 0 or last
+            save = last or stop or (output.checkpoint_every is not None and step % output.checkpoint_every == 0)
+            if log or save:
+                self._check_finite(saved)
+            if log:
+                self.seconds = before + time.monotonic() - began
+                progress.update(step, self._log(event))
+            else:
+                progress.update(step)
+            if save:
+                self._save()
+                saved = step
+            if stop and not last:
+                received = [number for number in self.world.gather(signals.received) if number]
+                progress.note(f"stopped at step {step} with a checkpoint; continue with: {self._resume_command()}")
+                return received[0]
+        return None
+
+    def _told_to_stop(self, signals: Signals, step: int) -> bool:
+        """Whether any rank has a signal, asked by all ranks at the same steps."""
+        if self.world.size > 1 and step % POLL_EVERY:
+            return False
+        return self.world.any(signals.received is not None)
+
+    def _check_finite(self, saved: int) -> None:
+        try:
+            self.trainer.check_finite()
+        except NonFiniteLoss as error:
+            kept = f"the last good checkpoint, step {saved}, is kept" if saved >= 0 else "no checkpoint was made yet"
+            raise NonFiniteLoss(f"{error}; {kept} in {self.directory.path}") from None
+
+    def _log(self, event: Event) -> dict[str, float] | None:
+        """One row in every log; collective. Returns the tasks' losses on the first rank."""
+        row = self.trainer.metrics()
+        if not self.first:
+            return None
+        rate = event.step / self.seconds if self.seconds > 0 else 0.0
+        timing = {"step": event.step, "seconds": round(self.seconds, 3), "steps_per_second": round(rate, 4)}
+        self.directory.write_row(row, timing)
+        if self.board is not None:
+            self._write_board(row)
+        return {name: values["loss"] for name, values in row["tasks"].items()}
+
+    def _write_board(self, row: dict[str, Any]) -> None:
+        for name, values in row["tasks"].items():
+            for quantity, value in values.items():
+                self.board.add_scalar(f"{quantity}/{name}", value, row["step"])
+        for reading in row.get("approximation_errors", ()):
+            relative = reading["error"] / reading["distance"] if reading["distance"] else 0.0
+            self.board.add_scalar(f"relative approximation error/{reading['task']}", relative, reading["step"])
+        for quantity in ("meta_update_norm", "inner_steps", "gradient_evaluations"):
+            self.board.add_scalar(quantity, row[quantity], row["step"])
+
+    def _save(self) -> None:
+        """Save a checkpoint; collective."""
+        rows = self.directory.metrics_bytes() if self.first else 0
+        extra = {"recipe": self.fingerprint, "metrics_bytes": rows}
+        checkpoint.save(self.directory.checkpoints, self.trainer, extra)
+        if self.first:
+            checkpoint.prune(self.directory.checkpoints, self.recipe.output.keep, self.trainer.step)
+
+    def _resume_command(self) -> str:
+        return f"trajshift train --resume {self.directory.path}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,81 @@
+"""The worker process of `pool`: reads jobs from stdin, one JSON line each, and answers with one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import FrameType
+from typing import Any
+
+from trajshift.errors import NonFiniteLoss, UsageError
+from trajshift.recipes.recipe import validate
+from trajshift.runs.directory import RunDirectory, disk_errors
+
+
+def main() -> None:
+    """Do jobs until stdin ends, a signal comes or the parent is gone; training then ends with a checkpoint."""
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the user's code prints goes to the log
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    for line in sys.stdin:
+        failure: str | None = None
+        diverged = False
+        try:
+            if not do(json.loads(line)):
+                sys.exit(128 + signal.SIGTERM)
+        except UsageError as error:
+            failure, diverged = str(error), isinstance(error, NonFiniteLoss)
+        except Exception as error:
+            traceback.print_exc()
+            failure = f"{type(error).__name__}: {error}"
+        answers.write(json.dumps({"failure": failure, "diverged": diverged}) + "\n")
+
+
+def _leave_with(parent: int) -> None:
+    """Stops this process where its parent was killed, and nobody waits for the rest."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def do(job: dict[str, Any]) -> bool:
+    """Train and fine-tune one run; returns False where a signal stopped it."""
+    from trajshift.distributed import World, set_threads
+    from trajshift.runs.evaluate_runs import evaluate_runs
+    from trajshift.runs.train import train
+
+    recipe = validate(job["recipe"])
+    run = RunDirectory(job["path"])
+    if run.is_complete(recipe):
+        run.adopt(recipe)
+    elif not train(recipe, run.path, resume=True, quiet=True).complete:
+        return False
+    if job["section"] is not None:
+        set_threads(World(), recipe.threads)  # a run that was complete has not set its own
+        with disk_errors(run.path):
+            evaluate_runs(
+                [run.path],
+                targets=job["section"],
+                train_images=job["train_images"],
+                checkpoints=job["checkpoints"],
+                scratch=job["scratch"],
+            )
+    return True
+
+
+if __name__ == "__main__":
+    main()

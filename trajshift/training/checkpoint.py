@@ -1,0 +1,337 @@
+"""Checkpoints: atomic, checksummed, readable at any world size, safetensors and JSON only.
+
+A checkpoint is a directory named after its step: `shared.safetensors` (phi, the meta-optimizer, counters), one
+file per task (its row, head, statistics, optimizer state), and `manifest.json` with a SHA-256 for each file and for
+itself. It is written under a temporary name, the manifest last, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from trajshift.errors import UsageError
+from trajshift.training.approximation_error import joined
+
+if TYPE_CHECKING:
+    from trajshift.training.trainer import MetaTrainer
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"\d{9}")
+
+
+def _write(path: Path, content: bytes) -> str:
+    """Writes a file down to the disk; returns its SHA-256."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256(content).hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pack(tensors: dict[str, Tensor]) -> bytes:
+    return serialize({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def _file_name(index: int, task: str) -> str:
+    return f"task-{index:04d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', task)[:60]}.safetensors"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but its own checksum."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+# -- what is saved -------------------------------------------------------------------------------------------
+
+
+def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    outer, numbers = trainer.outer.state()
+    tensors = {f"phi/{name}": view for name, view in trainer.layout.views(trainer.phi).items()}
+    tensors |= {f"outer/{name}": tensor for name, tensor in outer.items()}
+    tensors["update_norm"] = trainer.tally.update_norm
+    if trainer.pending is not None:
+        tensors |= {f"pending/{name}": view for name, view in trainer.layout.views(trainer.pending()).items()}
+    readings = trainer.gauge.rows() if trainer.gauge is not None else []
+    gathered = trainer.world.gather((dict(trainer.tally.counts), list(trainer.roster.names), readings))
+    return tensors, {
+        "step": trainer.step,
+        "inner_steps": trainer.tally.inner_steps,
+        "counts": dict(sorted(sum((Counter(counts) for counts, _, _ in gathered), Counter()).items())),
+        "seated": sorted(name for _, names, _ in gathered for name in names),
+        "readings": joined(rows for _, _, rows in gathered),
+        "outer": numbers,
+    }
+
+
+def _task_state(trainer: MetaTrainer, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    roster = trainer.roster
+    if name not in roster.names:
+        return dict(roster.waiting.get(name, {})), {}
+    row = roster.names.index(name)
+    tensors, numbers = roster.learners[row].state()
+    everything: dict[str, Any] = {"optimizer": numbers, "loss_count": trainer.tally.loss_count[row]}
+    tensors = tensors | {
+        "tally/loss_sum": trainer.tally.loss_sum[row],
+        "tally/first_bad_step": trainer.tally.first_bad_step[row],
+    }
+    if trainer.k:
+        views = trainer.layout.views(trainer.theta[row])
+        tensors |= {f"theta/{label}": view for label, view in views.items()}
+        tensors |= {f"metagrad/{label}": state[row] for label, state in trainer.metagrad.state().items()}
+        tensors |= {f"carry/{label}": state[row] for label, state in trainer.carry.state().items()}
+    if trainer.k and name in roster.snapshots:
+        kept, kept_numbers = roster.snapshots[name]
+        tensors |= {f"snapshot/{label}": tensor for label, tensor in kept.items()}
+        everything["snapshot"] = kept_numbers
+    return tensors, everything
+
+
+def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = None) -> Path:
+    """Writes a checkpoint of the trainer under `directory`; call it on every rank.
+
+    Args:
+        directory: the run's `checkpoints/`.
+        trainer: between two inner steps.
+        extra: JSON values to find again with `load`.
+
+    Raises:
+        UsageError: phi differs between ranks, or the disk takes no more (nothing half-written is left).
+    """
+    world, roster = trainer.world, trainer.roster
+    world.same(trainer.initialization.digest(), f"phi at step {trainer.step}")
+    final = directory / f"{trainer.step:09d}"
+    temporary = directory / f"{final.name}.tmp"
+    shared, numbers = _shared_state(trainer)
+    failure = world.gather(_make_anew(temporary) if world.rank == 0 else "")[0]
+    files: dict[str, str] = {}
+    tasks: dict[str, Any] = {}
+    try:
+        if world.rank == 0 and not failure:
+            files["shared.safetensors"] = _write(temporary / "shared.safetensors", _pack(shared))
+        for index, name in enumerate(roster.tasks):
+            if roster.home[name] == world.rank and not failure:
+                file = _file_name(index, name)
+                tensors, task_numbers = _task_state(trainer, name)
+                files[file] = _write(temporary / file, _pack(tensors))
+                tasks[name] = {"file": file, "numbers": task_numbers}
+    except OSError as error:
+        failure = str(error)
+    gathered = world.gather((files, tasks, failure))
+    failure = next((one for _, _, one in gathered if one), "")
+    if world.rank == 0 and not failure:
+        manifest = {
+            "numbers": numbers,
+            "files": dict(sorted(pair for files, _, _ in gathered for pair in files.items())),
+            "tasks": {name: one[name] for name in roster.tasks for _, one, _ in gathered if name in one},
+            "extra": extra or {},
+        }
+        failure = _finish(temporary, final, manifest)
+    failure = world.gather(failure)[0]
+    if failure:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UsageError(
+            f"the checkpoint of step {trainer.step} could not be written to {directory} ({failure}); "
+            "make room and resume the run"
+        )
+    return final
+
+
+def _make_anew(temporary: Path) -> str:
+    """Makes an empty folder; returns what went wrong, if anything did."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> str:
+    """Writes the manifest and renames the checkpoint into place; returns what went wrong, if anything did."""
+    try:
+        sealed = manifest | {"checksum": _digest(manifest)}
+        _write(temporary / MANIFEST, json.dumps(sealed, indent=1).encode())
+        _sync_directory(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_directory(final.parent)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+# -- finding and checking ------------------------------------------------------------------------------------
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints under `directory`, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if _NAME.fullmatch(path.name))
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file's checksum compared.
+
+    Raises:
+        UsageError: names the checkpoint and the damaged or missing file.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        files, intact = manifest["files"].items(), manifest["checksum"] == _digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"checkpoint {path} has no readable {MANIFEST} ({error}); use another one") from error
+    damaged = [MANIFEST] if not intact else [name for name, digest in files if _sha256(path / name) != digest]
+    if damaged:
+        raise UsageError(f"checkpoint {path} is damaged: {damaged[0]} is missing or changed; use another one")
+    return manifest
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def latest_valid(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, or None, and a sentence for each newer damaged one."""
+    damaged = []
+    for step in reversed(steps(directory)):
+        path = directory / f"{step:09d}"
+        try:
+            verify(path)
+        except UsageError as error:
+            damaged.append(str(error))
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def prune(directory: Path, keep: int | None, step: int | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints (None keeps all), and what a killed run left half-written.
+
+    Those after `step`, where the run stands, go too: it passed over them because they are damaged.
+    """
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.endswith(".tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+    found = steps(directory)
+    kept = [one for one in found if step is None or one <= step][-(keep or 0) :]
+    for one in set(found) - set(kept):
+        shutil.rmtree(directory / f"{one:09d}", ignore_errors=True)
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
+    """Puts a checkpoint into a freshly made trainer, at any world size; returns `extra`. Call it on every rank.
+
+    Tasks may have joined or left if the checkpoint lies at a round boundary.
+
+    Raises:
+        UsageError: a damaged checkpoint, one of another model, other tasks in the middle of a round, or ranks that
+            loaded different ones.
+    """
+    manifest = verify(path)
+    numbers, tasks = manifest["numbers"], manifest["tasks"]
+    trainer.step = numbers["step"]
+    if trainer.k and list(tasks) != list(trainer.roster.tasks):
+        raise UsageError(
+            f"checkpoint {path} lies in the middle of a round, where tasks cannot join or leave; "
+            "resume with the tasks it was made with"
+        )
+    _load_shared(path, trainer, numbers)
+    states = {name: parse((path / tasks[name]["file"]).read_bytes()) for name in trainer.roster.local if name in tasks}
+    trainer.roster.waiting = {name: _only(tensors, ("own/", "buffer/")) for name, tensors in states.items() if tensors}
+    seated = [name for name in states if name in numbers["seated"]]
+    trainer.roster.resume(seated, (trainer.step - 1) // trainer.horizon if trainer.k else None)
+    trainer.tally.seat(trainer.roster.names)
+    for row, learner in enumerate(trainer.learners):
+        _load_row(trainer, row, states[learner.task.name], tasks[learner.task.name]["numbers"])
+    if trainer.k:
+        trainer.metagrad.begin(trainer.theta)
+        trainer.carry.begin(trainer)
+        rows = [states[name] for name in trainer.roster.names]
+        if rows:
+            trainer.metagrad.load(_stacked(rows, "metagrad/", trainer.device))
+            trainer.carry.load(_stacked(rows, "carry/", trainer.device))
+    trainer.world.same(trainer.initialization.digest(), f"phi of the checkpoint of step {trainer.step}")
+    extra: dict[str, Any] = manifest["extra"]
+    return extra
+
+
+def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> None:
+    shared = parse((path / "shared.safetensors").read_bytes())
+    views = trainer.layout.views(trainer.phi)
+    unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
+    if unknown:
+        raise UsageError(f"checkpoint {path} is of another model: {unknown[0]!r} is not shared here; use that model")
+    for name, view in views.items():
+        saved = shared.get(f"phi/{name}")
+        if saved is None or saved.shape != view.shape or saved.dtype != view.dtype:
+            what = f"{name!r} of shape {tuple(view.shape)} and {view.dtype}"
+            raise UsageError(f"checkpoint {path} is of another model: it has no {what}; use the model it was made with")
+        view.copy_(saved)
+    trainer.outer.load({n: t.to(trainer.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
+    trainer.tally.update_norm.copy_(shared["update_norm"])
+    trainer.pending = None
+    if pending := _strip(shared, "pending/"):
+        gradient = trainer.layout.flatten(pending, out=torch.zeros_like(trainer.phi))
+        trainer.pending = lambda: gradient
+    trainer.tally.inner_steps = numbers["inner_steps"]
+    trainer.tally.counts = Counter(numbers["counts"] if trainer.world.rank == 0 else {})
+    if trainer.gauge is not None:
+        trainer.gauge.load(numbers.get("readings", ()) if trainer.world.rank == 0 else ())
+
+
+def _load_row(trainer: MetaTrainer, row: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    learner = trainer.learners[row]
+    learner.load(tensors, numbers["optimizer"])
+    trainer.tally.loss_sum[row] = tensors["tally/loss_sum"]
+    trainer.tally.loss_count[row] = numbers["loss_count"]
+    trainer.tally.first_bad_step[row] = tensors["tally/first_bad_step"]
+    if trainer.k:
+        trainer.layout.flatten(_strip(tensors, "theta/"), out=trainer.theta[row])
+    if "snapshot" in numbers:
+        trainer.roster.snapshots[learner.task.name] = (_strip(tensors, "snapshot/"), numbers["snapshot"])
+
+
+def _stacked(states: list[dict[str, Tensor]], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """What the learners saved under the prefix, `[T, ...]` by label."""
+    rows = [_strip(tensors, prefix) for tensors in states]
+    return {label: torch.stack([row[label] for row in rows]).to(device) for label in rows[0]}
+
+
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _only(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}

@@ -1,0 +1,157 @@
+"""From what the user asked for to the parts of a run, with every mix that has no meaning refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trajshift.algorithm import meta_gradients as metagrads
+from trajshift.algorithm.carries import CARRIES, Carry
+from trajshift.algorithm.methods import Method, resolve
+from trajshift.errors import UsageError, nearest
+from trajshift.learners.initialization import is_statistic
+from trajshift.learners.inner_optimizer import Inner
+from trajshift.learners.learner import Blueprint, Factory, as_factory
+from trajshift.learners.parameter_matrix import is_in_head
+from trajshift.task import Task
+from trajshift.training.meta_optimizer import OptimizerStep, Outer, PlainStep
+
+RENEWABLE = ("heads", "optimizer", "statistics")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The four choices as objects, and the model looked through."""
+
+    method: Method
+    metagrad: metagrads.MetaGradient
+    outer: Outer
+    phi: Tensor
+    blueprint: Blueprint
+
+
+def plan_method(
+    method: str | Method,
+    *,
+    horizon: int,
+    metagrad: str | metagrads.MetaGradient | None,
+    options: dict[str, Any],
+    carry: str | Carry | None,
+    **choices: Any,
+) -> tuple[Method, metagrads.MetaGradient, Carry]:
+    """The preset with the user's choices put in, its meta-gradient and its carry."""
+    name = carry if isinstance(carry, str) else None
+    resolved, built = _plan_metagrad(method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices)
+    if not isinstance(carry, Carry):
+        return resolved, built, CARRIES[resolved.carry]
+    kind = type(carry).__name__
+    if resolved.joint or resolved.adapt == "head":
+        raise UsageError(f"carry {kind} with adapt head: theta never leaves phi; use carry shift, or adapt all")
+    return replace(resolved, carry=kind), built, carry
+
+
+def _plan_metagrad(
+    method: str | Method,
+    *,
+    horizon: int,
+    metagrad: str | metagrads.MetaGradient | None,
+    options: dict[str, Any],
+    **choices: Any,
+) -> tuple[Method, metagrads.MetaGradient]:
+    if not isinstance(metagrad, metagrads.MetaGradient):
+        resolved = resolve(method, horizon=horizon, metagrad=metagrad, **choices)
+        return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)
+    kind = type(metagrad).__name__
+    if options or choices["batch"]:
+        raise UsageError(f"metagrad is a {kind} object, which already has its options; drop metagrad_options and batch")
+    choices["batch"] = "heldout" if metagrad.needs_heldout else "train"
+    name = metagrads.name_of(metagrad)
+    # Of a class of the user's own nothing is known that would speak against a mix.
+    resolved = resolve(method, horizon=horizon, metagrad=name or "last_gradient", **choices)
+    if resolved.joint and name is None:
+        raise UsageError(f"{resolved.name} is joint training: it allows no metagrad {kind}")
+    return replace(resolved, metagrad=name or kind), metagrad
+
+
+def plan_outer(
+    method: Method, phi: Tensor, blueprint: Blueprint, inner: Inner, *,
+    horizon: int, meta_lr: float | None, optimizer: Any, options: dict[str, Any],
+) -> Outer:  # fmt: skip
+    """How phi follows the mean meta-gradient."""
+    if method.joint:
+        if meta_lr is not None or optimizer is not None or options:
+            raise UsageError(
+                f"{method.name} moves phi with the inner optimizer; drop meta_lr and the meta-optimizer, "
+                "and set the inner ones"
+            )
+        return OptimizerStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
+    if meta_lr is None:
+        meta_lr = method.default_meta_lr(horizon, method.meta_every or 1)
+    if not (0.0 < meta_lr < float("inf")):
+        raise UsageError(f"meta_lr is {meta_lr}; use a positive number")
+    if optimizer is None:
+        if options:
+            raise UsageError(f"meta options {options} belong to a meta-optimizer; name one, or drop them")
+        return PlainStep(meta_lr)
+    return OptimizerStep(phi, blueprint.layout, optimizer, meta_lr, options)
+
+
+def plan_model(
+    model: Factory | nn.Module, tasks: Sequence[Task], method: Method, *,
+    head: str | Sequence[str] | None, shared: Sequence[str] | None, seed: int,
+    initialization: Mapping[str, Tensor] | None, device: torch.device, channels_last: bool | None,
+) -> tuple[Blueprint, Tensor]:  # fmt: skip
+    """What the tasks share, and the first phi on the device."""
+    blueprint = Blueprint.inspect(as_factory(model, head), tasks, head, shared, seed, channels_last)
+    blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
+    phi = blueprint.phi.to(device, copy=True)
+    if initialization is not None:
+        start_from(initialization, blueprint, phi)
+    return blueprint, phi
+
+
+def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: Tensor) -> None:
+    """Puts named tensors into phi `[P]`; each shared parameter must be there with its shape.
+
+    Raises:
+        UsageError: shared parameters that are missing or have another shape, or tensors that are none of the model's
+            (heads and BatchNorm statistics aside); lists all.
+    """
+    views = blueprint.layout.views(phi)
+    missing = [name for name in views if name not in initialization]
+    unequal = [name for name in views if name in initialization and initialization[name].shape != views[name].shape]
+    own = (name for name in initialization if not is_in_head(name, blueprint.heads) and not is_statistic(name))
+    unexpected = [name for name in own if name not in blueprint.names]
+    if missing or unequal or unexpected:
+        shapes = [f"{name} {tuple(initialization[name].shape)}, not {tuple(views[name].shape)}" for name in unequal]
+        kinds = (("missing", missing), ("wrong shape", shapes), ("unexpected", unexpected))
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
+        raise UsageError(f"the initialization does not fit the model ({found}); use the model it was learned with")
+    for name, view in views.items():
+        view.copy_(initialization[name])
+
+
+def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:
+    """The tasks as a list, names unique and as many as the method takes."""
+    listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
+    if not listed:
+        raise UsageError("no tasks were given; name at least one")
+    names = [task.name for task in listed]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise UsageError(f"two tasks are named {doubled[0]!r}; give each its own name")
+    if method.single and len(listed) != 1:
+        raise UsageError(f"{method.name} trains on one task, {len(listed)} were given; keep one")
+    return listed
+
+
+def plan_renew(renew: Collection[str]) -> frozenset[str]:
+    """What a reset renews, names checked."""
+    for name in renew:
+        if name not in RENEWABLE:
+            raise UsageError(f"cannot renew {name!r} at a reset{nearest(name, RENEWABLE)}")
+    return frozenset(renew)

@@ -1,0 +1,94 @@
+"""Tasks side by side: each core runs whole learners, instead of all cores one operation of one learner.
+
+Learners share nothing within an inner step, so they need no thread of a team to wait for another, which a convolution
+split over two threads does. Every learner is computed by one thread whatever their number: the bits are those
+of the loop with one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trajshift.rng import seed_generators
+from trajshift.task import Batch
+from trajshift.training.engines.loop import Engine, without_draws
+
+if TYPE_CHECKING:
+    from trajshift.learners.learner import Learner
+    from trajshift.training.trainer import MetaTrainer
+
+_TRIAL = (2, 8)
+"""The steps on which both ways are tried, by turns; before them memory and caches warm up."""
+
+
+class Parallel(Engine):
+    """Runs the learners of a step in `threads` threads, if that is faster than one after another (same bits).
+
+    Python runs in one thread at a time, so for small models it is not; the first steps try both ways.
+    """
+
+    name = "parallel"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.threads = threads
+        self.side_by_side: bool | None = None
+        """The way chosen; None while both are tried."""
+        self._executor: ThreadPoolExecutor | None = None
+        self._tried: list[tuple[bool, float]] = []
+        self._last: dict[str, float] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One thread for what runs between the learners' steps, or its bits would depend on their number."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def learners_step(self, trainer: MetaTrainer) -> list[Tensor]:
+        """As the loop, side by side."""
+        if self.side_by_side is not None:
+            return self._side_by_side(trainer) if self.side_by_side else super().learners_step(trainer)
+        way = len(self._tried) % 2 == 1
+        began = time.perf_counter()
+        losses = self._side_by_side(trainer) if way else super().learners_step(trainer)
+        self._tried.append((way, time.perf_counter() - began))
+        if len(self._tried) == _TRIAL[1]:
+            spent = {way: sum(t for w, t in self._tried[_TRIAL[0] :] if w is way) for way in (False, True)}
+            self.side_by_side = spent[True] < spent[False]
+        return losses
+
+    def _side_by_side(self, trainer: MetaTrainer) -> list[Tensor]:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.threads, "learner", torch.set_num_threads, (1,))
+        # What is read example by example comes from loader processes, or draws from the global generators.
+        ready = {
+            learner.row: learner.batches.train(trainer.step)
+            for learner in trainer.learners
+            if learner.batches.raw.streams("train")
+        }
+        seed_generators(0, trainer.device)
+        slowest_first = sorted(trainer.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
+        with without_draws(trainer):
+            futures = {
+                learner.row: self._executor.submit(self._step_of, trainer, learner, ready.get(learner.row))
+                for learner in slowest_first
+            }
+            wait(futures.values())
+            return [futures[row].result() for row in range(len(futures))]
+
+    def _step_of(self, trainer: MetaTrainer, learner: Learner, batch: Batch | None) -> Tensor:
+        began = time.perf_counter()
+        loss = trainer.step_of(learner, trainer.step, batch, seeded=False)
+        self._last[learner.task.name] = time.perf_counter() - began
+        return loss

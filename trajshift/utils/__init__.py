@@ -1,0 +1,1 @@
+"""What any program needs: files, processes, the terminal, the machine. Nothing here knows about learning."""

@@ -1,0 +1,71 @@
+"""Independent pieces of work, in one process or several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
+
+from trajshift.errors import UsageError
+from trajshift.runs.pool import stop_on_signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key = tuple[Any, ...]
+Jobs = dict[Key, Callable[[], Any]]
+
+
+def perform(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
+    """Results in the order of the jobs; one thread for each process, as all pieces are small.
+
+    Raises:
+        UsageError: a process died.
+        KeyboardInterrupt: SIGINT or SIGTERM; the processes end with the pieces they have in hand.
+    """
+    if processes == 1:
+        for key, job in jobs.items():
+            yield key, job()
+        return
+    with ExitStack() as stack:
+        stack.enter_context(stop_on_signal())
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare)
+        stack.enter_context(pool)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        waiting = {key: pool.submit(_done, job) for key, job in jobs.items()}
+        for key, future in waiting.items():
+            try:
+                yield key, future.result()
+            except BrokenProcessPool:
+                raise UsageError(
+                    "a process died, perhaps for want of memory; give the same command again to go on"
+                ) from None
+
+
+def _prepare() -> None:
+    """One thread; and an interrupt is the parent's affair."""
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, _by_value)
+
+
+def _by_value(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor travels to the parent: PyTorch's own way holds a file of shared memory open for each."""
+    import torch
+
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def _done(job: Callable[[], Any]) -> Any:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
+        os._exit(1)
+    return job()
