@@ -19,9 +19,10 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy trajshift benchmarks
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Leaves runs/, which holds results.
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
-	find trajshift benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find trajshift benchmarks studies tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from trajshift.cli.commands import need_report_extra
 from trajshift.errors import UsageError, nearest
+from trajshift.utils.imports import need_report_extra
 
 BENCHMARKS = {
     "overhead": "the same learners with and without meta-learning; the flat update; logging",

@@ -15,7 +15,7 @@ from benchmarks.harness import interleave, ratio, repeated, spread, threads, tim
 from benchmarks.report import Report, show, show_time
 from benchmarks.workload import TINY, Workload
 from trajshift.experiments.tables import Table
-from trajshift.learners.learner import to_channels_last
+from trajshift.learners.modules import to_channels_last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

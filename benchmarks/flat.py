@@ -12,7 +12,7 @@ from benchmarks.report import Claim, show
 from benchmarks.workload import Workload, build_trainer
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
-from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.extra_passes import ExtraPasses
 
 LIMIT = 70.0
 """Percent of a copy's bandwidth, from `LARGE` numbers on."""
@@ -40,7 +40,7 @@ def flat_update(trainer: MetaTrainer) -> Steps:
 
     def take(count: int) -> None:
         for _ in range(count):
-            probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
+            probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
             gradient = trainer.metagrad.mean(probe, trainer.roster.weights)
             trainer.carry(trainer, trainer.outer.step(trainer.phi, gradient))
 

@@ -15,7 +15,8 @@ from benchmarks.figure import Dots, Lines, draw
 from benchmarks.harness import Spread
 from trajshift.experiments.tables import Table
 from trajshift.report.figures import save
-from trajshift.runs.directory import disk_errors, environment, replace_file
+from trajshift.utils.environment import environment
+from trajshift.utils.files import disk_errors, replace_file
 from trajshift.utils.terminal import console, print_table
 
 FIGURE = "speed"

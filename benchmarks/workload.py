@@ -11,7 +11,7 @@ from torch import nn
 
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.data.augmentation import image_task
-from trajshift.models import build
+from trajshift.models import build_model
 
 INNER_LR = 0.01
 MOMENTUM = 0.9
@@ -53,7 +53,7 @@ class Workload:
 
     def build(self, task: Task) -> nn.Module:
         """The model of a task."""
-        return build(self.model, task, **({} if self.width is None else {"width": self.width}))
+        return build_model(self.model, task, **({} if self.width is None else {"width": self.width}))
 
     def build_tasks(self, device: torch.device | str = "cpu") -> list[Task]:
         """T tasks whose images lie on the device."""

@@ -53,12 +53,13 @@ for name in ("pydantic", "yaml", "typer", "rich", "matplotlib", "scipy", "datase
     sys.modules[name] = None
 import trajshift, trajshift.data.huggingface, trajshift.evaluation.comparison, trajshift.evaluation.statistics
 import trajshift.models, trajshift.runs.evaluate_runs, trajshift.training.checkpoint
+from trajshift.evaluation.evaluate import evaluate
 from trajshift.data import digits_targets, digits_tasks
-model = lambda task: trajshift.models.build("conv", task, width=4, depth=1)
+model = lambda task: trajshift.models.build_model("conv", task, width=4, depth=1)
 trainer = trajshift.MetaTrainer(model, digits_tasks("parity"), horizon=2, rounds=1, batch_size=4)
 assert [event.step for event in trainer] == [1, 2]
 (target,) = digits_targets("six-to-nine").values()
-rows = trajshift.runs.evaluate_runs.evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
+rows = evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
 assert 0.0 <= rows[0]["accuracy"] <= 1.0
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -8,10 +8,12 @@ hence nothing has to be saved, and a batch does not depend on how it was reached
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,3 +117,26 @@ def generator_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
+
+
+@contextmanager
+def seeded(draw: int, device: torch.device) -> Iterator[None]:
+    """Runs a block under the global generators seeded by a key; they are put back afterwards."""
+    with repeatable(device):
+        seed_generators(draw, device)
+        yield
+
+
+@contextmanager
+def seeded_cpu_generators(draw: int) -> Iterator[None]:
+    """The CPU generators of torch, numpy and `random` as `draw` says, and afterwards as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        seed_generators(draw, torch.device("cpu"))  # the accelerators' stay as they are
+        np.random.seed(draw & 0xFFFFFFFF)
+        random.seed(draw)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

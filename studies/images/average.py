@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trajshift.learners.initialization import Initialization, load_initialization
-from trajshift.runs.evaluate_runs import phi_of
+from trajshift.runs.starting_points import phi_of
 
 if len(sys.argv) < 4 or not all(word.isdigit() for word in sys.argv[3:]):
     print(

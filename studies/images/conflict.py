@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from trajshift.recipes.build_tasks import build_trainer
+from trajshift.recipes.build_trainer import build_trainer
 from trajshift.recipes.recipe import load
 
 if __name__ == "__main__":

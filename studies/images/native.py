@@ -28,13 +28,14 @@ from trajshift.errors import NonFiniteLoss
 from trajshift.evaluation.comparison import SCRATCH, curves
 from trajshift.evaluation.finetuning import finetune
 from trajshift.evaluation.statistics import compare, interval, show
-from trajshift.recipes.build_tasks import build_tasks, finetune_options
+from trajshift.recipes.build_tasks import build_tasks
+from trajshift.recipes.build_trainer import finetune_options
 from trajshift.recipes.recipe import load
 from trajshift.report.figures import curve_figure, looks, save
-from trajshift.runs.evaluate_runs import phi_of
-from trajshift.runs.evaluation_rows import append_row, checkpoints_of, read_jsonl
-from trajshift.runs.pool import stop_on_signal
+from trajshift.runs.starting_points import checkpoints_of, phi_of
 from trajshift.task import Task
+from trajshift.utils.files import append_row, read_jsonl
+from trajshift.utils.processes import stop_on_signal
 from trajshift.utils.progress import Progress
 
 RESULTS = Path(__file__).parents[2] / "results" / "images"

@@ -21,9 +21,9 @@ import torch
 
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluate_runs import evaluate_runs
-from trajshift.runs.evaluation_rows import read_jsonl
-from trajshift.runs.pool import stop_on_signal
 from trajshift.runs.sweep import RATES
+from trajshift.utils.files import read_jsonl
+from trajshift.utils.processes import stop_on_signal
 
 RESULTS = Path(__file__).parents[2] / "results" / "images"
 TUNING, CANDIDATES, ROWS = (RESULTS / f"{name}.jsonl" for name in ("tuning", "candidates", "rows"))

@@ -30,7 +30,8 @@ from trajshift.evaluation.comparison import FINAL, SCRATCH, curves, show_p, summ
 from trajshift.evaluation.statistics import Estimate, PairedTest, compare, holm, interval, paired_test, show
 from trajshift.recipes.recipe import load
 from trajshift.report.figures import comparison_figure, curve_figure, looks, save
-from trajshift.runs.evaluation_rows import read_evaluation, read_jsonl, setting_of
+from trajshift.runs.evaluation_rows import read_evaluation, setting_of
+from trajshift.utils.files import read_jsonl
 
 RESULTS = Path(__file__).parents[2] / "results" / "images"
 TARGETS = ("cifar10", "dtd10", "sign_digits")

@@ -18,8 +18,8 @@ from trajshift.training.trainer import MetaTrainer
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
 STARTS = (0, 20, 60, 140, 300, 620, 1260)
-follow_gradient, take_step, mean_gradient = (
-    MetaTrainer.follow_gradient,
+inner_update, take_step, mean_gradient = (
+    MetaTrainer.inner_update,
     MetaTrainer.take_step,
     MetaTrainer.mean_gradient,
 )
@@ -40,9 +40,9 @@ def falling_inner_lr() -> None:
     """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
-        return follow_gradient(self, learner, batch, lr=lr * COSINE(self.step / self.total_steps), ends=ends)
+        return inner_update(self, learner, batch, lr=lr * COSINE(self.step / self.total_steps), ends=ends)
 
-    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
 
 
 def heads_first() -> None:
@@ -50,13 +50,13 @@ def heads_first() -> None:
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
         if self.step >= 100:
-            return follow_gradient(self, learner, batch, lr=lr, ends=ends)
+            return inner_update(self, learner, batch, lr=lr, ends=ends)
         loss: Tensor = learner.backward(batch, autocast=self.autocast, shared=False)
         learner.step(lr)
         learner.forget_gradients()
         return loss
 
-    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
 
 
 def weights_by_loss() -> None:
@@ -64,7 +64,7 @@ def weights_by_loss() -> None:
     recent: dict[str, Tensor] = {}
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
-        loss = follow_gradient(self, learner, batch, lr=lr, ends=ends)
+        loss = inner_update(self, learner, batch, lr=lr, ends=ends)
         name = learner.task.name
         recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
         return loss
@@ -75,7 +75,7 @@ def weights_by_loss() -> None:
         self.roster.weights.copy_(shares / shares.sum())
         return mean_gradient(self)
 
-    MetaTrainer.follow_gradient = step  # type: ignore[method-assign, assignment]
+    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
     MetaTrainer.mean_gradient = mean  # type: ignore[method-assign]
 
 

@@ -16,8 +16,9 @@ from trajshift.cli.main import main
 from trajshift.evaluation.finetuning import FineTuned
 from trajshift.experiments.demo import demo_jobs
 from trajshift.recipes.recipe import load
-from trajshift.runs.directory import RunDirectory, read_rows
+from trajshift.runs.directory import RunDirectory
 from trajshift.training import checkpoint
+from trajshift.utils.files import read_rows
 from trajshift.utils.progress import Progress, duration
 
 TINY = """

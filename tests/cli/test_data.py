@@ -135,7 +135,7 @@ def test_a_full_disk_names_the_command_that_goes_on(data: Command, monkeypatch: 
     begin, limits = cache_writer._begin, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(part: Path, *others: Any) -> None:
-        (part / cache_writer.PLAN).touch()
+        (part / cache_writer.PLAN_FILE).touch()
         monkeypatch.setattr(cache_writer, "replace_file", lambda *_: None)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         try:

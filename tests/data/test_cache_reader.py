@@ -21,7 +21,7 @@ from trajshift.data.augmentation import image_task
 from trajshift.data.batches import TaskBatches
 from trajshift.data.cache_reader import check_cache, open_cache
 from trajshift.data.cache_writer import prepare_cache
-from trajshift.data.loader import Stream
+from trajshift.data.loader import PrefetchLoader
 from trajshift.data.registry import find
 from trajshift.data.sources import ArraySource, DatasetSource, MappedSource, labels_of, subset
 from trajshift.errors import UsageError
@@ -90,7 +90,7 @@ def test_workers_fetch_ahead_what_this_process_would(tmp_path: Path) -> None:
     source, held = mapped(tmp_path)
     tasks = [image_task("a", given, outputs=4, crop_padding=1, flip=True) for given in (source, held)]
     streamed, inline = (TaskBatches(task, seed=1, batch_size=6, heldout=0.2) for task in tasks)
-    stream = Stream({"a": streamed}, 1)
+    stream = PrefetchLoader({"a": streamed}, 1)
     assert streamed.raw.streams("train")
     assert not inline.raw.streams("train")
     for step in range(8):

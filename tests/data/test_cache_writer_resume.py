@@ -133,7 +133,7 @@ def test_half_done_work_of_another_source_is_not_gone_on_with(tmp_path: Path, mo
     part = tmp_path / "data" / "cifar10.part"
     part.mkdir(parents=True)
     (part / "train-images.npy").write_bytes(bytes(9 * 3072))
-    (part / cache_writer.PLAN).write_text('{"name": "cifar10"')
+    (part / cache_writer.PLAN_FILE).write_text('{"name": "cifar10"')
     prepare_cache("cifar10", tmp_path / "data", copy=copy, quiet=True)
     same(open_cache(tmp_path / "data", "cifar10").train, images, labels)
 

@@ -17,7 +17,7 @@ from tests.helpers.hub import pictures
 from trajshift.data.augmentation import image_task
 from trajshift.data.batches import TaskBatches
 from trajshift.data.huggingface import hf_source, load_hf
-from trajshift.data.loader import Stream
+from trajshift.data.loader import PrefetchLoader
 from trajshift.data.resize import prepare_images
 from trajshift.data.sources import ArraySource, DatasetSource, labels_of
 from trajshift.errors import UsageError
@@ -110,7 +110,7 @@ def test_large_sets_are_decoded_when_fetched(tmp_path: Path) -> None:
     small = load_hf(tmp_path / "saved")
     tasks = [image_task("a", source.train, outputs=2, crop_padding=1) for source in (data, small)]
     streamed, held = (TaskBatches(task, seed=0, batch_size=3) for task in tasks)
-    stream = Stream({"a": streamed}, 1)
+    stream = PrefetchLoader({"a": streamed}, 1)
     for step in range(4):
         assert torch.equal(streamed.train(step)[0], held.train(step)[0])
     stream.close()

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import Request, TaskBatches
-from trajshift.data.loader import Stream, workers_alive
+from trajshift.data.loader import PrefetchLoader, workers_alive
 from trajshift.errors import UsageError
 from trajshift.task import Task
 
@@ -53,7 +53,7 @@ class Process(Dataset[Tensor]):
         return torch.tensor(os.getpid())
 
 
-def make(workers: int, sizes: dict[str, int] | None = None) -> tuple[dict[str, TaskBatches], Stream]:
+def make(workers: int, sizes: dict[str, int] | None = None) -> tuple[dict[str, TaskBatches], PrefetchLoader]:
     batches = {}
     for name, n in (sizes or {"a": 23, "b": 9}).items():
         task = Task(name=name, train=Images(n), test=Images(7), outputs=2, transform=ImageTransform(1, True))
@@ -61,17 +61,17 @@ def make(workers: int, sizes: dict[str, int] | None = None) -> tuple[dict[str, T
     arrays = torch.zeros(8, 1, 4, 4), torch.arange(8) % 2
     memory = Task(name="memory", train=arrays, outputs=2, transform=ImageTransform(1))
     batches["memory"] = TaskBatches(memory, seed=5, batch_size=6)
-    return batches, Stream(batches, workers)
+    return batches, PrefetchLoader(batches, workers)
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[tuple[dict[str, TaskBatches], Stream]]:
+def pool() -> Iterator[tuple[dict[str, TaskBatches], PrefetchLoader]]:
     batches, stream = make(2)
     yield batches, stream
     stream.close()
 
 
-def check(pool: tuple[dict[str, TaskBatches], Stream], asked: list[tuple[str, str, int]]) -> None:
+def check(pool: tuple[dict[str, TaskBatches], PrefetchLoader], asked: list[tuple[str, str, int]]) -> None:
     inline, _ = make(0)
     for name, split, step in asked:
         got: Pairs = getattr(pool[0][name], split)(step)
@@ -140,7 +140,7 @@ def test_global_generators_are_left_alone(pool: Any) -> None:
 
 def test_workers_stay_and_close_ends_them() -> None:
     batches = {"a": TaskBatches(Task(name="a", train=Process()), seed=0, batch_size=2)}
-    stream = Stream(batches, 1)
+    stream = PrefetchLoader(batches, 1)
     makers = {int(process) for step in (0, 1, 7, 3) for process in stream.get("a", step)}
     assert len(makers) == 1
     assert os.getpid() not in makers
@@ -171,30 +171,30 @@ def test_what_workers_get_pickles_whatever_the_task_holds() -> None:
 def test_nothing_is_started_for_arrays_in_memory() -> None:
     task = Task(name="a", train=torch.arange(8.0), test=torch.arange(3.0))
     batches = {"a": TaskBatches(task, seed=0, batch_size=2)}
-    stream = Stream(batches, 2)
+    stream = PrefetchLoader(batches, 2)
     assert torch.equal(stream.get("a", 3), TaskBatches(task, seed=0, batch_size=2).train(3))
     assert stream._loader is None
 
 
 def test_what_a_worker_refuses_is_said_in_one_sentence() -> None:
     task = Task(name="a", train=Images(6, worst=2), outputs=2)
-    stream = Stream({"a": TaskBatches(task, seed=0, batch_size=6)}, 1)
+    stream = PrefetchLoader({"a": TaskBatches(task, seed=0, batch_size=6)}, 1)
     with pytest.raises(UsageError, match=r"^task 'a' has labels from 0 to 2 but outputs=2; use class numbers 0 to 1$"):
         stream.take(Request("a", "train", 0, 6))
     stream.close()
     with pytest.raises(UsageError, match="workers is -1"):
-        Stream({}, -1)
+        PrefetchLoader({}, -1)
 
 
 FORGETFUL = """
 import torch
 from trajshift.data.batches import TaskBatches
-from trajshift.data.loader import Stream
+from trajshift.data.loader import PrefetchLoader
 from trajshift.task import Task
 
 task = Task(name="a", train=[(torch.zeros(1, 2, 2), 1)] * 9, outputs=2)
 batches = TaskBatches(task, seed=0, batch_size=3)
-stream = Stream({"a": batches}, 1)
+stream = PrefetchLoader({"a": batches}, 1)
 print(len(batches.train(0)[0]))
 """
 
@@ -226,12 +226,12 @@ class Killed(Images):
 def test_a_killed_worker_is_one_sentence() -> None:
     task = Task(name="a", train=Killed(12), outputs=2)
     batches = TaskBatches(task, seed=5, batch_size=6)
-    stream = Stream({"a": batches}, 1)
+    stream = PrefetchLoader({"a": batches}, 1)
     with pytest.raises(UsageError, match=r"a process that loads images was killed.*; lower workers"):
         list(map(batches.train, range(2)))
     stream.close()
     batches = TaskBatches(replace(task, train=Process()), seed=5, batch_size=1)
-    stream = Stream({"a": batches}, 1)
+    stream = PrefetchLoader({"a": batches}, 1)
     worker = int(batches.train(0))
     with pytest.raises(UsageError, match=r"was killed.*; buy more$"), workers_alive("buy more"):
         kill_and_wait(worker)

@@ -20,10 +20,10 @@ from trajshift.data.sources import (
     as_source,
     class_balanced_subset,
     labels_of,
-    seeded,
     subset,
 )
 from trajshift.errors import UsageError
+from trajshift.rng import seeded_cpu_generators
 
 
 class Pairs(Dataset[tuple[torch.Tensor, int]]):
@@ -148,13 +148,13 @@ def test_seeded_draws_repeat_and_leave_the_generators_alone() -> None:
     expected = draw()
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(0)
-    with seeded(2**64 - 1):
+    with seeded_cpu_generators(2**64 - 1):
         first = draw()
-    with pytest.raises(ZeroDivisionError), seeded(2**64 - 1):
+    with pytest.raises(ZeroDivisionError), seeded_cpu_generators(2**64 - 1):
         random.seed(1 / 0)
-    with seeded(2**64 - 1):
+    with seeded_cpu_generators(2**64 - 1):
         assert draw() == first
-    with seeded(5):
+    with seeded_cpu_generators(5):
         assert draw() != first
     assert draw() == expected
 

@@ -25,7 +25,8 @@ from trajshift.evaluation.comparison import (
     summary_tables,
 )
 from trajshift.evaluation.statistics import compare, holm, interval, paired_test
-from trajshift.runs.evaluation_rows import append_row, read_evaluation, read_jsonl
+from trajshift.runs.evaluation_rows import read_evaluation
+from trajshift.utils.files import append_row, read_jsonl
 
 # -- statistics --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trajshift.evaluation.comparison import AVERAGE, FINAL, summary_table
-from trajshift.evaluation.steps_to_match import NOT_REACHED, ReachTable, reach_table
+from trajshift.evaluation.steps_to_match import NOT_REACHED, StepsToMatchTable, steps_to_match_table
 
 STEPS = (100, 200, 400)
 Curves = dict[str, dict[str, list[float]]]
@@ -28,8 +28,8 @@ def made(values: Curves, metric: str = "accuracy", method: str | None = None) ->
     ]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> ReachTable:
-    found = reach_table(rows, summary_table(rows))
+def table(rows: list[dict[str, Any]]) -> StepsToMatchTable:
+    found = steps_to_match_table(rows, summary_table(rows))
     assert found is not None
     return found
 
@@ -113,6 +113,6 @@ def test_rows_without_meta_training_and_other_sizes_do_not_count() -> None:
 def test_without_reptile_or_checkpoints_there_is_no_table() -> None:
     rows = made(SHIFT_WINS)
     others = [row for row in rows if row["label"] != "reptile"]
-    assert reach_table(others, summary_table(others)) is None
+    assert steps_to_match_table(others, summary_table(others)) is None
     ends = [row for row in rows if row["checkpoint"] == FINAL]
-    assert reach_table(ends, summary_table(ends)) is None
+    assert steps_to_match_table(ends, summary_table(ends)) is None

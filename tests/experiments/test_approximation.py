@@ -20,15 +20,21 @@ from trajshift import Inner, MetaTrainer, UsageError
 from trajshift.experiments.approximation import experiment, shifts
 from trajshift.experiments.approximation.experiment import SETTINGS, UNITS, run_experiment
 from trajshift.experiments.approximation.measure import Laboratory, Prescribed, _norm_of_hessian
-from trajshift.experiments.approximation.measurement_plan import Plan, Setting, chosen_recipe, key_of, networks
+from trajshift.experiments.approximation.measurement_plan import (
+    MeasurementPlan,
+    Setting,
+    chosen_recipe,
+    key_of,
+    networks,
+)
 from trajshift.experiments.approximation.presentation import _kinks, _slope_table
-from trajshift.experiments.approximation.quadratic import _errors, check
+from trajshift.experiments.approximation.quadratic import _errors, closed_form_check
 from trajshift.experiments.approximation.summary import CORRECTED, comparisons, measured, slopes
 from trajshift.training import checkpoint
-from trajshift.training.approximation_error import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
 
 ALPHA, MU = 0.02, 0.9
-TINY = Plan(alphas=(0.01, 0.02), betas=(0.01, 0.02), ks=(2, 10, 12), draws=2, carries=("shift", "velocity"))
+TINY = MeasurementPlan(alphas=(0.01, 0.02), betas=(0.01, 0.02), ks=(2, 10, 12), draws=2, carries=("shift", "velocity"))
 
 
 # -- closed forms ----------------------------------------------------------------------------------------------
@@ -59,7 +65,7 @@ def test_the_closed_form_is_what_two_plain_loops_differ_by(mu: float) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_loop_measures_the_closed_form(momentum: float) -> None:
-    found = check(momentum=momentum, horizon=20)
+    found = closed_form_check(momentum=momentum, horizon=20)
     assert found.exact.shape == (19,)
     assert found.ks[0] == 2
     assert found.ks[-1] == 20
@@ -76,7 +82,7 @@ def on_quadratics(carry: Any, *, steps: int, momentum: float = MU, alpha: float 
         quadratics.tasks(*quadratics.curvatures(2)), "trajectory-shifting",
         horizon=40, rounds=1, meta_lr=1.0, carry=carry, metagrad=Prescribed(given),
         inner=Inner(lr=alpha, options={"momentum": momentum}),
-        gauge=Gauge(lambda k: True, every_task=True),
+        gauge=ApproximationErrorMeter(lambda k: True, every_task=True),
     )  # fmt: skip
     for _ in range(steps):
         made.advance()
@@ -207,7 +213,7 @@ def test_the_hessians_norm_is_nearly_its_largest_eigenvalue() -> None:
 # -- statistics ------------------------------------------------------------------------------------------------
 
 
-def made_up(plan: Plan, names: list[str], law: Any) -> dict[str, dict[str, Any]]:
+def made_up(plan: MeasurementPlan, names: list[str], law: Any) -> dict[str, dict[str, Any]]:
     """Units whose errors follow `law(setting, draw, k)`, for two tasks a tenth above and below."""
     return {
         key_of(setting, draw): {
@@ -226,7 +232,7 @@ def made_up(plan: Plan, names: list[str], law: Any) -> dict[str, dict[str, Any]]
 
 
 def test_slopes_of_a_power_law_are_its_exponents() -> None:
-    plan = Plan(draws=3)
+    plan = MeasurementPlan(draws=3)
 
     def law(setting: Setting, draw: int, k: int) -> float:
         return (1 + draw) * setting.alpha**1.7 * setting.beta**0.9 * k**2.6
@@ -248,7 +254,7 @@ def test_slopes_of_a_power_law_are_its_exponents() -> None:
 
 
 def test_no_slope_is_claimed_from_a_single_point_in_the_regime() -> None:
-    plan = Plan(draws=3)
+    plan = MeasurementPlan(draws=3)
     units = made_up(plan, ["net"], lambda setting, draw, k: k**2.0)
     for unit in units.values():
         unit["curvature"] = 30.0
@@ -271,7 +277,7 @@ def test_an_overflow_is_left_out_and_not_hidden() -> None:
 
 
 def test_shifts_are_compared_draw_by_draw() -> None:
-    plan = Plan(draws=5, ks=(2, 10, 20), carries=("shift", "hold", "scalar"))
+    plan = MeasurementPlan(draws=5, ks=(2, 10, 20), carries=("shift", "hold", "scalar"))
     factors = {"shift": 1.0, "hold": 3.0, "scalar": 0.8}
 
     def law(setting: Setting, draw: int, k: int) -> float:
@@ -289,7 +295,7 @@ def test_shifts_are_compared_draw_by_draw() -> None:
 
 def test_whether_kinks_add_error_follows_from_the_intervals() -> None:
     """A factor of 3 under SGD, of 1/3 under momentum, and one that draws disagree on under Adam."""
-    plan = Plan(draws=4)
+    plan = MeasurementPlan(draws=4)
     logs = {"SGD": 1.0, "SGD with momentum": -1.0, "Adam": 0.0}
 
     def law(setting: Setting, draw: int, k: int) -> float:
@@ -306,7 +312,7 @@ def test_whether_kinks_add_error_follows_from_the_intervals() -> None:
 
 
 def test_the_caption_of_slopes_says_which_k_were_fitted() -> None:
-    plan = Plan(draws=2)
+    plan = MeasurementPlan(draws=2)
     found = slopes(made_up(plan, ["net"], lambda setting, draw, k: k**2.0), plan, ["net"])
     middle = next(s for s in found if s.variable == "k, middle alpha")
     assert middle.points == tuple(k for k in plan.ks if k >= 10)

@@ -50,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 own = {"size": PIXELS}
                 prepare_cache(entry.name, folder / "data", copy=folder / entry.name, overrides=own, quiet=True)
     x = torch.zeros(2, 3, PIXELS, PIXELS, dtype=torch.uint8)
-    network = models.build("resnet18", image_task("a", (x, torch.arange(2)), outputs=2))
+    network = models.build_model("resnet18", image_task("a", (x, torch.arange(2)), outputs=2))
     torch.save(network.state_dict(), folder / "resnet18.pth")
     return folder
 

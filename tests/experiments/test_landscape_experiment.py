@@ -18,9 +18,10 @@ from trajshift.experiments.landscape import experiment, measure, tasks, updates
 from trajshift.experiments.landscape.experiment import measured, run_experiment
 from trajshift.experiments.landscape.findings import FAILS, HOLDS, OPEN, findings
 from trajshift.experiments.landscape.measure import Limit, Settings, finish
-from trajshift.experiments.landscape.study import FILE, StudySettings, limit_of, rate, run_study
+from trajshift.experiments.landscape.study import FILE, rate, run_study
+from trajshift.experiments.landscape.study_settings import StudySettings, limit_of
 from trajshift.experiments.landscape.summary import compared
-from trajshift.utils.processes import perform
+from trajshift.utils.processes import run_in_processes
 
 SMALL = Settings(
     horizon=20, rounds=2, side=9, picture_side=15, starts_side=4, optima_side=7, sets=3, bias_sets=6, processes=1
@@ -116,7 +117,7 @@ def test_a_run_ends_at_the_last_update_within_the_budget() -> None:
 
 def test_two_processes_give_what_one_does() -> None:
     jobs = {(seed,): _threshold for seed in range(3)}
-    assert list(perform(jobs, 2)) == list(perform(jobs, 1))
+    assert list(run_in_processes(jobs, 2)) == list(run_in_processes(jobs, 1))
 
 
 def _threshold() -> list[list[float]]:

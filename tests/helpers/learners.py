@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trajshift import METHODS, Inner, MetaTrainer, Task
-from trajshift.training.engines.choose import Parallel
+from trajshift.training.engines.parallel import Parallel
 
 DOUBLE = torch.float64
 MOMENTUM = {"momentum": 0.9, "weight_decay": 5e-4}

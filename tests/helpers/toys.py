@@ -32,7 +32,7 @@ def _task(index: int) -> Task:
 def model(task: Task, **options: Any) -> nn.Module:
     """A smooth convolutional net with BatchNorm in float64, so that rounding does not grow fast."""
     chosen = {"width": 4, "depth": 2, "activation": "softplus", "pool": "avg"} | options
-    return models.build("conv", task, **chosen).double()
+    return models.build_model("conv", task, **chosen).double()
 
 
 def trainer(listed: list[Task], method: str = "trajectory-shifting", **options: Any) -> MetaTrainer:

@@ -18,9 +18,9 @@ from trajshift.data.augmentation import image_task
 from trajshift.errors import UsageError
 from trajshift.evaluation.finetuning import finetune
 from trajshift.learners.pretrained import load_start, locate
-from trajshift.recipes.build_tasks import build_trainer, describe_start
+from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import validate
-from trajshift.runs.directory import with_absolute_paths
+from trajshift.runs.resume import with_absolute_paths
 from trajshift.task import Task
 
 
@@ -30,7 +30,7 @@ def task(outputs: int = 3, channels: int = 3) -> Task:
 
 
 def model(task: Task) -> nn.Module:
-    return models.build("conv", task, width=4, depth=2)
+    return models.build_model("conv", task, width=4, depth=2)
 
 
 def weights() -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def test_a_recipe_names_the_file_and_the_run_says_what_was_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    state = models.build("conv", task(10, channels=1), width=4, depth=1).state_dict()
+    state = models.build_model("conv", task(10, channels=1), width=4, depth=1).state_dict()
     torch.save(state, "published.pth")
     Path("r.yaml").write_text(
         "{initialization: published.pth, horizon: 1, rounds: 1, batch_size: 4, threads: 1, meta_lr: 1e-30,"
@@ -208,7 +208,7 @@ def test_weights_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_imagenet_network_starts_a_resnet18(tmp_path: Path) -> None:
-    state = models.build("resnet18", task(1000)).state_dict()  # torchvision's names: see test_models.py
+    state = models.build_model("resnet18", task(1000)).state_dict()  # torchvision's names: see test_models.py
     torch.save(state, tmp_path / "resnet18.pth")
     recipe = validate({
         "horizon": 1, "rounds": 1, "batch_size": 2, "seed": 5, "initialization": str(tmp_path / "resnet18.pth"),

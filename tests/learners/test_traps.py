@@ -27,7 +27,7 @@ from tests.helpers.learners import (
 from trajshift import Inner, Task, UsageError
 from trajshift.algorithm.meta_gradients import LastGradient, MetaGradient
 from trajshift.errors import NonFiniteLoss
-from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.training.checkpoint import load, save
 
 # -- rows are views --------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_passes_touch_no_statistics_counters_or_generator() -> None:
     before = everything(trainer)
     buffers = [buffer for learner in trainer.learners for buffer in learner.module.buffers()]
     state = torch.random.get_rng_state()
-    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, None)
+    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
     losses = probe.losses()
     assert torch.equal(losses, probe.losses())  # dropout draws what the training pass drew
     for split in ("train", "heldout"):
@@ -149,7 +149,7 @@ def test_a_pass_on_the_last_training_batch_sees_what_the_step_saw() -> None:
     for _ in range(3):
         event = trainer.advance()
     followed = trainer.roster.gradients.clone()
-    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, None)
+    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
     assert torch.equal(probe.losses(), event.losses)
     assert torch.equal(probe.gradients_at_end("train"), followed)
 
@@ -181,7 +181,7 @@ def test_a_pass_that_fails_puts_everything_back() -> None:
     before = everything(trainer)
     tasks[2].loss = lambda module, batch: module(batch[0]).sum() / "nonsense"
     with pytest.raises(TypeError):
-        RosterProbe(trainer.roster, trainer.phi, trainer.step, None).gradients_at_end("heldout")
+        ExtraPasses(trainer.roster, trainer.phi, trainer.step, None).gradients_at_end("heldout")
     assert same_bits(everything(trainer), before)
 
 

@@ -43,7 +43,7 @@ def test_names_are_the_documented_ones() -> None:
     ],
 )
 def test_published_parameter_counts(name: str, outputs: int, parameters: int) -> None:
-    assert count(models.build(name, image_task(outputs))) == parameters
+    assert count(models.build_model(name, image_task(outputs))) == parameters
 
 
 def torchvision_keys(blocks: list[int]) -> list[str]:
@@ -65,7 +65,7 @@ def torchvision_keys(blocks: list[int]) -> list[str]:
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet18", [2, 2, 2, 2]), ("resnet34", [3, 4, 6, 3])])
 def test_torchvision_names_and_shapes(name: str, blocks: list[int]) -> None:
-    state = models.build(name, image_task(1000)).state_dict()
+    state = models.build_model(name, image_task(1000)).state_dict()
     assert list(state) == torchvision_keys(blocks)
     assert state["conv1.weight"].shape == (64, 3, 7, 7)
     assert state["layer2.0.conv1.weight"].shape == (128, 64, 3, 3)
@@ -76,7 +76,7 @@ def test_torchvision_names_and_shapes(name: str, blocks: list[int]) -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "conv"])
 def test_convolutions_are_drawn_with_kaiming_fan_out(name: str) -> None:
     torch.manual_seed(0)
-    module = models.build(name, image_task())
+    module = models.build_model(name, image_task())
     checked = 0
     for part in module.modules():
         if isinstance(part, nn.Conv2d) and part.weight.numel() > 4000:
@@ -93,7 +93,7 @@ def test_convolutions_are_drawn_with_kaiming_fan_out(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 7), (3, 16, 16), (1, 28, 33)])
 def test_any_image_size_and_channel_count(name: str, shape: tuple[int, int, int]) -> None:
-    module = models.build(name, image_task(7, shape)).eval()
+    module = models.build_model(name, image_task(7, shape)).eval()
     out = module(torch.randn(2, *shape))
     assert out.shape == (2, 7)
     assert bool(out.isfinite().all())
@@ -102,7 +102,7 @@ def test_any_image_size_and_channel_count(name: str, shape: tuple[int, int, int]
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "conv"])
 def test_training_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
-    module = models.build(name, image_task(5, (3, 12, 12)))
+    module = models.build_model(name, image_task(5, (3, 12, 12)))
     module(torch.randn(4, 3, 12, 12)).square().mean().backward()
     assert [n for n, p in module.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)] == []
 
@@ -112,7 +112,7 @@ def test_body_does_not_depend_on_the_number_of_classes_or_the_image_size(name: s
     states = []
     for outputs, shape in [(2, (3, 8, 8)), (100, (3, 64, 48))]:
         torch.manual_seed(3)
-        states.append(models.build(name, image_task(outputs, shape)).state_dict())
+        states.append(models.build_model(name, image_task(outputs, shape)).state_dict())
     small, large = states
     assert list(small) == list(large)
     body = [key for key in small if not key.startswith("fc.")]
@@ -123,7 +123,7 @@ def test_body_does_not_depend_on_the_number_of_classes_or_the_image_size(name: s
 
 
 def test_zero_padded_shortcut_is_the_identity_on_the_kept_channels() -> None:
-    block = models.build("resnet20", image_task()).get_submodule("layer2.0")
+    block = models.build_model("resnet20", image_task()).get_submodule("layer2.0")
     assert isinstance(block.downsample, nn.Module)
     x = torch.randn(2, 16, 9, 9)
     out = block.downsample(x)
@@ -139,7 +139,7 @@ def test_zero_padded_shortcut_is_the_identity_on_the_kept_channels() -> None:
 def test_conv_options(batch_norm: bool, activation: str, pool: str) -> None:
     torch.manual_seed(0)
     options = {"width": 4, "depth": 2, "batch_norm": batch_norm, "activation": activation, "pool": pool}
-    module = models.build("conv", image_task(3, (1, 9, 9)), **options).double()
+    module = models.build_model("conv", image_task(3, (1, 9, 9)), **options).double()
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
     assert len(norms) == (2 if batch_norm else 0)
     assert count(module) == (1 * 4 + 4 * 4) * 9 + (2 * 4 if not batch_norm else 2 * 8) + 4 * 3 + 3
@@ -159,7 +159,7 @@ def test_conv_options(batch_norm: bool, activation: str, pool: str) -> None:
 def test_softplus_with_average_pooling_can_be_differentiated_twice() -> None:
     torch.manual_seed(0)
     options = {"width": 2, "depth": 1, "batch_norm": False, "activation": "softplus", "pool": "avg"}
-    module = models.build("conv", image_task(2, (1, 4, 4)), **options).double()
+    module = models.build_model("conv", image_task(2, (1, 4, 4)), **options).double()
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
 
     def loss(weight: torch.Tensor) -> torch.Tensor:
@@ -170,13 +170,13 @@ def test_softplus_with_average_pooling_can_be_differentiated_twice() -> None:
 
 
 def test_width_scales_the_small_resnet() -> None:
-    module = models.build("resnet20", image_task(4), width=4)
+    module = models.build_model("resnet20", image_task(4), width=4)
     assert module.get_parameter("conv1.weight").shape == (4, 3, 3, 3)
     assert module.get_parameter("fc.weight").shape == (4, 16)
 
 
 def test_regression_head() -> None:
-    module = models.build("conv", image_task(1, (1, 8, 8), kind="regression"))
+    module = models.build_model("conv", image_task(1, (1, 8, 8), kind="regression"))
     assert module(torch.randn(5, 1, 8, 8)).shape == (5, 1)
 
 
@@ -205,7 +205,7 @@ def test_regression_head() -> None:
 )
 def test_bad_input_is_refused(name: str, task: Task, options: dict[str, object], sentence: str) -> None:
     with pytest.raises(UsageError, match=re.escape(sentence)):
-        models.build(name, task, **options)
+        models.build_model(name, task, **options)
 
 
 def test_user_models_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,17 +225,17 @@ def test_user_models_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "    return None\n"
     )
     task = image_task(6)
-    assert models.build("user_model_for_test:Net", task, size=4).get_parameter("fc.weight").shape == (6, 4)
-    assert models.build("user_model_for_test:Net.make", task, size=5).get_parameter("fc.weight").shape == (
+    assert models.build_model("user_model_for_test:Net", task, size=4).get_parameter("fc.weight").shape == (6, 4)
+    assert models.build_model("user_model_for_test:Net.make", task, size=5).get_parameter("fc.weight").shape == (
         6,
         5,
     )
     with pytest.raises(UsageError, match=r"missing a required .*'width'"):
-        models.build("user_model_for_test:needs", task)
+        models.build_model("user_model_for_test:needs", task)
     with pytest.raises(UsageError, match="returned a NoneType"):
-        models.build("user_model_for_test:nothing", task)
+        models.build_model("user_model_for_test:nothing", task)
     with pytest.raises(UsageError, match="no option 'sise'; did you mean 'size'"):
-        models.build("user_model_for_test:Net", task, sise=4)
+        models.build_model("user_model_for_test:Net", task, sise=4)
 
 
 def test_import_paths_find_the_current_directory(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_import_paths_find_the_current_directory(tmp_path: Path) -> None:
 
 def test_names_and_checks_do_not_import_torch() -> None:
     code = (
-        "import sys, trajshift.models as m; m.names(); m.check('resnet20'); m.check('a.b:c'); "
+        "import sys, trajshift.models as m; m.names(); m.check_model_name('resnet20'); m.check_model_name('a.b:c'); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,7 +13,7 @@ import yaml
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import SECTIONS, Recipe, builtin_names, differences, flatten, load, to_yaml, validate
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
-from trajshift.runs.directory import check_boundary, fingerprint, resumed_recipe
+from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe
 from trajshift.runs.sweep import Result, choose, edges, parse_grid
 
 SMALL = """

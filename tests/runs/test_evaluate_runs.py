@@ -12,12 +12,14 @@ import torch
 
 from trajshift.errors import UsageError
 from trajshift.evaluation.comparison import FINAL, SCRATCH, START, summary_table
+from trajshift.evaluation.evaluate import evaluate
 from trajshift.evaluation.finetuning import finetune
 from trajshift.learners.initialization import Initialization
-from trajshift.recipes.build_tasks import build_tasks, build_trainer, finetune_options, model_factory
+from trajshift.recipes.build_tasks import build_tasks
+from trajshift.recipes.build_trainer import build_trainer, finetune_options, model_factory
 from trajshift.recipes.recipe import Recipe, load, to_yaml
 from trajshift.runs import evaluation_rows as saved
-from trajshift.runs.evaluate_runs import evaluate, evaluate_runs
+from trajshift.runs.evaluate_runs import evaluate_runs
 from trajshift.runs.evaluation_rows import collect
 from trajshift.training import checkpoint
 
@@ -65,13 +67,13 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     import trajshift.runs.evaluate_runs as module
 
     made: list[Any] = []
-    original = module._row
+    original = module.finetuned_row
 
     def spy(*arguments: Any) -> Any:
         made.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_row", spy)
+    monkeypatch.setattr(module, "finetuned_row", spy)
 
     def calls() -> int:
         number = len(made)

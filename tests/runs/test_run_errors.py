@@ -277,7 +277,7 @@ def test_the_poisoned_task_is_named(how: str, method: str, tmp_path: Path, capsy
 def test_a_culprit_that_left_is_named_all_the_same() -> None:
     listed = [toys.poisoned("a"), toys.poisoned("bad", "loss"), toys.poisoned("c")]
     trainer = MetaTrainer(
-        lambda task: models.build("conv", task, width=4), listed,
+        lambda task: models.build_model("conv", task, width=4), listed,
         horizon=5, rounds=8, batch_size=4, tasks_per_round=1, inner=Inner(lr=0.01),
     )  # fmt: skip
     first_round = next(round for round in range(8) if trainer.roster.sampled(round) == ["bad"])

@@ -13,9 +13,10 @@ from torch import Tensor
 from tests.helpers import quadratics, toys
 from trajshift import Inner, MetaTrainer, UsageError
 from trajshift.algorithm.carries import Carry
-from trajshift.algorithm.meta_gradients import MetaGradient, Probe
+from trajshift.algorithm.meta_gradients import MetaGradient
+from trajshift.algorithm.protocols import Probe
 from trajshift.training import checkpoint
-from trajshift.training.approximation_error import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
 
 ALPHA, K = 0.1, 9
 
@@ -42,7 +43,7 @@ def test_it_reads_the_closed_form_on_quadratics() -> None:
     """theta's error is sum_{i<k} (J^k - J^(k-i)) d_i with J = I - alpha A, for any shifts d_1, d_2, ..."""
     a, c = quadratics.curvatures(3)
     shifts = 0.1 * np.random.default_rng(4).standard_normal((K, quadratics.DIMENSION))
-    gauge = Gauge(lambda k: True, every_task=True)
+    gauge = ApproximationErrorMeter(lambda k: True, every_task=True)
     made = quadratics.trainer(
         quadratics.tasks(a, c), "trajectory-shifting",
         lr=ALPHA, horizon=K, rounds=1, metagrad=Given(shifts), meta_lr=1.0, gauge=gauge,
@@ -65,7 +66,7 @@ def test_it_reads_the_closed_form_on_quadratics() -> None:
     assert gauge.take() == []
 
 
-def run(gauge: Gauge | None, method: str, **options: object) -> MetaTrainer:
+def run(gauge: ApproximationErrorMeter | None, method: str, **options: object) -> MetaTrainer:
     made = toys.trainer(toys.tasks(3), method, gauge=gauge, **options)
     toys.run(made, made.total_steps)
     return made
@@ -84,7 +85,10 @@ def run(gauge: Gauge | None, method: str, **options: object) -> MetaTrainer:
     ],
 )
 def test_it_changes_no_bit_of_the_run(method: str, options: dict[str, object]) -> None:
-    bare, gauged = run(None, method, **options), run(Gauge(lambda k: k != 2, every_task=True), method, **options)
+    bare, gauged = (
+        run(None, method, **options),
+        run(ApproximationErrorMeter(lambda k: k != 2, every_task=True), method, **options),
+    )
     assert torch.equal(bare.phi, gauged.phi)
     assert torch.equal(bare.theta, gauged.theta)
     for left, right in zip(bare.learners, gauged.learners, strict=True):
@@ -98,7 +102,7 @@ def test_it_changes_no_bit_of_the_run(method: str, options: dict[str, object]) -
 def test_a_replayed_trajectory_has_no_error_and_a_held_one_has() -> None:
     errors = {}
     for method in ("accurate", "trajectory-shifting", "no-shifting", "reptile"):
-        made = run(Gauge(lambda k: True, every_task=True), method)
+        made = run(ApproximationErrorMeter(lambda k: True, every_task=True), method)
         rows = made.metrics()["approximation_errors"]
         assert made.metrics()["gauge_evaluations"] == 3 * toys.ROUNDS * sum(range(1, toys.HORIZON + 1))
         errors[method] = max(row["error"] for row in rows)
@@ -109,7 +113,7 @@ def test_a_replayed_trajectory_has_no_error_and_a_held_one_has() -> None:
 
 
 def test_one_task_in_turn() -> None:
-    gauge = Gauge.every(2, toys.HORIZON)
+    gauge = ApproximationErrorMeter.every(2, toys.HORIZON)
     made = toys.trainer(toys.tasks(2), gauge=gauge)
     toys.run(made, made.total_steps)
     said = [(row["step"], row["k"], row["task"]) for row in gauge.take()]
@@ -120,7 +124,7 @@ def test_one_task_in_turn() -> None:
 @pytest.mark.parametrize("steps", [0, toys.HORIZON + 1])
 def test_a_cadence_outside_the_round_is_refused(steps: int) -> None:
     with pytest.raises(UsageError, match=f"error_every is {steps}; .* from 1 to the horizon, {toys.HORIZON}"):
-        Gauge.every(steps, toys.HORIZON)
+        ApproximationErrorMeter.every(steps, toys.HORIZON)
 
 
 class Half(Carry):
@@ -143,7 +147,7 @@ class Half(Carry):
 @pytest.mark.parametrize("step", [5, 7, 8])
 def test_readings_and_a_carry_of_ones_own_survive_a_checkpoint(tmp_path: Path, step: int) -> None:
     def make() -> MetaTrainer:
-        return toys.trainer(toys.tasks(3), carry=Half(), gauge=Gauge.every(1, toys.HORIZON))
+        return toys.trainer(toys.tasks(3), carry=Half(), gauge=ApproximationErrorMeter.every(1, toys.HORIZON))
 
     whole, first, second = make(), make(), make()
     toys.run(whole, whole.total_steps)
@@ -188,7 +192,7 @@ def test_a_carry_of_ones_own_has_no_place_in_joint_training() -> None:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[..., MetaTrainer]:
-    from trajshift.recipes.build_tasks import build_trainer
+    from trajshift.recipes.build_trainer import build_trainer
     from trajshift.recipes.recipe import load
 
     def make(*overrides: str) -> MetaTrainer:

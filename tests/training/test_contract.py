@@ -28,7 +28,8 @@ from tests.helpers.recording import Recorder
 from trajshift import METHODS, Inner, MetaTrainer, Task
 from trajshift.training.checkpoint import load, save
 from trajshift.training.engines import choose
-from trajshift.training.engines.choose import Engine, Graph
+from trajshift.training.engines.cuda_graph import Graph
+from trajshift.training.engines.loop import Engine
 
 every_preset = pytest.mark.parametrize("method", METHODS)
 Dropout = partial(ConvNet, dropout=0.4)

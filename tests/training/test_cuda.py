@@ -16,9 +16,9 @@ from tests.helpers.learners import assert_same, everything, run, same_bits
 from tests.training.test_cuda_graph import MIXES, STEPS, peeking, tasks, trainer
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.evaluation.finetuning import finetune
-from trajshift.models import build
-from trajshift.runs.evaluation_rows import read_jsonl
+from trajshift.models import build_model
 from trajshift.training.checkpoint import load, save
+from trajshift.utils.files import read_jsonl
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -53,7 +53,7 @@ def test_learners_share_streams_and_tables_are_filled_again(monkeypatch: pytest.
 def resnets(engine: str, autocast: torch.dtype | None) -> MetaTrainer:
     """ResNet20s in float32."""
     return MetaTrainer(
-        lambda task: build("resnet20", task),
+        lambda task: build_model("resnet20", task),
         tasks(),
         "trajectory-shifting",
         horizon=6,
@@ -106,7 +106,7 @@ def test_a_checkpoint_goes_on_on_either_device(tmp_path: Path) -> None:
 
 def test_fine_tuning_is_that_of_the_cpu() -> None:
     def double(task: Task) -> torch.nn.Module:
-        return build("conv", task, width=4, depth=2).double()
+        return build_model("conv", task, width=4, depth=2).double()
 
     phi = run(trainer("loop"), 12).initialization
     found = [

@@ -15,11 +15,11 @@ from tests.helpers.learners import ConvNet, assert_same, image_tasks, make, run
 from tests.helpers.recording import Recorder
 from trajshift import Inner, MetaTrainer, Task, UsageError
 from trajshift.data.augmentation import image_task
-from trajshift.models import build
+from trajshift.models import build_model
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
-from trajshift.training.engines.choose import Graph, choose
-from trajshift.training.engines.cuda_graph import CudaRecorder, lanes_for
+from trajshift.training.engines.choose import choose
+from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
 
 STEPS = 50
 
@@ -36,7 +36,7 @@ def tasks() -> list[Task]:
 
 def trainer(engine: Any, listed: list[Task] | None = None, **options: Any) -> MetaTrainer:
     def double(task: Task) -> torch.nn.Module:
-        return build("conv", task, width=4, depth=2).double()
+        return build_model("conv", task, width=4, depth=2).double()
 
     chosen: dict[str, Any] = {
         "method": "trajectory-shifting", "horizon": 12, "rounds": 20, "batch_size": 5,
@@ -105,7 +105,7 @@ class Peeking(torch.nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.body = build("conv", task, width=4, depth=2).double()
+        self.body = build_model("conv", task, width=4, depth=2).double()
         self.peeks = False
         self.last: weakref.ref[torch.Tensor] | None = None
 

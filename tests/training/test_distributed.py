@@ -18,7 +18,7 @@ from trajshift import MetaTrainer, Task
 from trajshift.distributed import World, balance, set_threads
 from trajshift.errors import UsageError
 from trajshift.training import checkpoint
-from trajshift.training.approximation_error import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
 
 SAVED = 6
 """Step of the checkpoint, in the middle of the second round."""
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make(name: str) -> MetaTrainer:
     options = dict(CASES[name])
     if every := options.pop("error_every", None):
-        options["gauge"] = Gauge.every(every, toys.HORIZON)
+        options["gauge"] = ApproximationErrorMeter.every(every, toys.HORIZON)
     return toys.trainer(toys.tasks(options.pop("count")), **options)
 
 

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from tests.helpers.learners import ConvNet, SideBySide, Text, everything, image_tasks, make, run, same_bits, text_tasks
 from trajshift import METHODS, Inner, MetaTrainer, Task, UsageError
 from trajshift.data.augmentation import image_task
-from trajshift.models import build
-from trajshift.training.engines.choose import Engine, Parallel
+from trajshift.models import build_model
+from trajshift.training.engines.loop import Engine
+from trajshift.training.engines.parallel import Parallel
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,11 @@ def test_augmented_resnets_of_several_sizes() -> None:
         for x in images
     ]
     both = [
-        run(MetaTrainer(partial(build, "resnet20", width=4), tasks, horizon=3, rounds=2, batch_size=6, engine=engine))
+        run(
+            MetaTrainer(
+                partial(build_model, "resnet20", width=4), tasks, horizon=3, rounds=2, batch_size=6, engine=engine
+            )
+        )
         for engine in (OneThread(), SideBySide())
     ]
     assert same_bits(*map(everything, both))
@@ -174,7 +179,7 @@ def resnets(**options: Any) -> MetaTrainer:
     x = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8, generator=generator)
     tasks = [image_task(name, (x, torch.arange(24) % n), outputs=n) for name, n in (("a", 2), ("b", 3))]
     chosen = {"horizon": 10, "rounds": 5, "batch_size": 8, "inner": Inner(lr=0.01, options={"momentum": 0.9})}
-    return MetaTrainer(partial(build, "resnet20", width=4), tasks, **{**chosen, **options})
+    return MetaTrainer(partial(build_model, "resnet20", width=4), tasks, **{**chosen, **options})
 
 
 def test_convolutions_are_channels_last_unless_told_otherwise() -> None:
@@ -188,7 +193,7 @@ def test_convolutions_are_channels_last_unless_told_otherwise() -> None:
 
 def test_the_layout_changes_no_number_in_float64() -> None:
     def double(task: Task) -> nn.Module:
-        return build("resnet20", task, width=4).double()
+        return build_model("resnet20", task, width=4).double()
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(24, 3, 8, 8, generator=generator, dtype=torch.float64)

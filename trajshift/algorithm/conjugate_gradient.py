@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
-Hessian = AbstractContextManager[Product]
-"""Entered, it gives `v [P] -> H v [P]`; left, it frees the graph."""
+from trajshift.algorithm.protocols import Product
 
 
 @dataclass(frozen=True, slots=True)

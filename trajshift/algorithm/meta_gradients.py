@@ -8,40 +8,15 @@ in Algorithm 2.
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trajshift.algorithm.conjugate_gradient import Hessian, Product, conjugate_gradient
+from trajshift.algorithm.conjugate_gradient import conjugate_gradient
+from trajshift.algorithm.protocols import Probe, Product
 from trajshift.errors import UsageError
-
-
-class Probe(Protocol):
-    """What a meta-gradient may ask for at the moment it is read. No pass leaves a trace in any learner."""
-
-    phi: Tensor
-    """`[P]`."""
-    theta: Tensor
-    """`[T, P]`."""
-    gradients: Tensor
-    """`[T, P]`, the gradients that the last inner step followed."""
-    counts: Counter[str]
-    """What the reading costs: `gradient_evaluations` and counters of the meta-gradient's own."""
-
-    def losses(self) -> Tensor:
-        """Losses `[T]` of the current theta on the last training batches."""
-        ...
-
-    def gradients_at_end(self, split: str) -> Tensor:
-        """Gradients `[T, P]` at the current theta on batches of `train` (the last ones) or `heldout`."""
-        ...
-
-    def hessian(self, row: int) -> Hessian:
-        """Hessian of one learner's training loss at its theta, as products with vectors."""
-        ...
 
 
 class MetaGradient:
@@ -249,7 +224,7 @@ def name_of(metagrad: MetaGradient) -> str | None:
     return next((name for name, kind in _BY_NAME.items() if type(metagrad) is kind), None)
 
 
-def build(name: str, batch: str, options: dict[str, Any]) -> MetaGradient:
+def build_meta_gradient(name: str, batch: str, options: dict[str, Any]) -> MetaGradient:
     """A meta-gradient by name.
 
     Raises:

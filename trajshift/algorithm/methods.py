@@ -9,7 +9,6 @@ from trajshift.errors import UsageError, nearest
 METAGRADS = ("displacement", "last_gradient", "path_length", "implicit")
 CARRIES = ("shift", "hold", "random", "replay")
 ADAPTS = ("all", "head")
-ENGINES = ("auto", "loop", "parallel", "graph")
 _WITHOUT_BATCH = ("displacement", "path_length")
 
 _SHIN = "Shin et al., ICML 2021"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -10,23 +9,15 @@ from typing import TYPE_CHECKING
 
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load
-from trajshift.runs.directory import RunDirectory, disk_errors
+from trajshift.report.terminal_summary import print_summary
+from trajshift.runs.directory import RunDirectory
+from trajshift.utils.files import disk_errors
+from trajshift.utils.imports import need_report_extra
 from trajshift.utils.progress import Progress
-from trajshift.utils.terminal import console, print_summary, print_table
+from trajshift.utils.terminal import console, print_table
 
 if TYPE_CHECKING:
     from trajshift.evaluation.finetuning import FineTuned
-
-
-def need_report_extra() -> None:
-    """Refuse early what could not be finished without the report extra.
-
-    Raises:
-        UsageError: scipy or matplotlib is missing.
-    """
-    for package in ("scipy", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"intervals and figures need {package}: pip install 'trajshift[report]'")
 
 
 def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -58,8 +49,9 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
 
     from trajshift.distributed import World, set_threads
     from trajshift.evaluation.finetuning import finetune as tune
-    from trajshift.recipes.build_tasks import build_tasks, finetune_options
-    from trajshift.runs.evaluate_runs import load_phi
+    from trajshift.recipes.build_tasks import build_tasks
+    from trajshift.recipes.build_trainer import finetune_options
+    from trajshift.runs.starting_points import load_phi
 
     set_threads(World(), loaded.threads)
     phi = load_phi(source)
@@ -147,8 +139,9 @@ def evaluate(
     words: Sequence[str], *, images: str | None, checkpoints: bool, scratch: bool, section: str, threads: int | None
 ) -> None:
     """Fine-tune the targets of finished runs, keep the rows, and print the comparison."""
+    from trajshift.evaluation.comparison import summary_tables
     from trajshift.recipes.sections import at_least
-    from trajshift.runs.evaluate_runs import evaluate_runs, summary_tables
+    from trajshift.runs.evaluate_runs import evaluate_runs
 
     at_least("--threads", threads, 1, "thread")
     runs, overrides = split_words(words)

@@ -89,8 +89,8 @@ def prepare(
     fields = {field: parse_value(value) for field, _, value in (text.partition("=") for text in settings)}
 
     from trajshift.data.cache_writer import prepare_cache
-    from trajshift.runs.directory import disk_errors
-    from trajshift.runs.pool import cores
+    from trajshift.utils.files import disk_errors
+    from trajshift.utils.processes import cores
     from trajshift.utils.terminal import console
 
     for name in wholes:
@@ -99,8 +99,8 @@ def prepare(
         console().print(f"{name} is in {folder}", soft_wrap=True)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_caches(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all that are there.")] = None,
     root: Root = Path("data"),
 ) -> None:

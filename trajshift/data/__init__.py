@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trajshift.data.cache_writer import prepare_cache
     from trajshift.data.digits import digits_targets, digits_task, digits_tasks, load_digits
     from trajshift.data.huggingface import hf_source, load_hf
-    from trajshift.data.loader import Stream
+    from trajshift.data.loader import PrefetchLoader
     from trajshift.data.npz import load_npz
     from trajshift.data.registry import DataSet, registered
     from trajshift.data.sources import (
@@ -38,7 +38,7 @@ __all__ = [
     "ImageTransform",
     "MappedSource",
     "Source",
-    "Stream",
+    "PrefetchLoader",
     "TaskBatches",
     "as_source",
     "class_balanced_subset",
@@ -65,7 +65,7 @@ _HOMES = {
     "npz": ("load_npz",),
     "cache_writer": ("prepare_cache",),
     "registry": ("DataSet", "registered"),
-    "loader": ("Stream",),
+    "loader": ("PrefetchLoader",),
 }
 
 

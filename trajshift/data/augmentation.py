@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trajshift.data.sources import Source, as_source, seeded
+from trajshift.data.sources import Source, as_source
 from trajshift.errors import UsageError
-from trajshift.rng import integers, words
+from trajshift.rng import integers, seeded_cpu_generators, words
 from trajshift.rng import key as hash_key
 from trajshift.task import Batch, Task
 
@@ -175,7 +175,7 @@ def image_task(
 
 
 def _image_shape(name: str, source: Source, channels: int | None) -> tuple[int, ...]:
-    with seeded(0):
+    with seeded_cpu_generators(0):
         batch = source.fetch(torch.tensor([0]))
     if (
         not isinstance(batch, (tuple, list))

@@ -7,21 +7,18 @@ depends on other tasks, on processes or on workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry, seeded
+from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry
 from trajshift.errors import UsageError
-from trajshift.rng import key, permutation
+from trajshift.rng import key, permutation, seeded_cpu_generators
 from trajshift.task import Batch, Task, move, untested
-
-if TYPE_CHECKING:
-    from trajshift.data.loader import Stream
 
 DEVICE_BYTES = 2 * 2**30
 """Sources in memory and caches up to this size (bytes) are copied to the device, larger ones stay where they are."""
@@ -36,6 +33,18 @@ class Request(NamedTuple):
     step: int
     size: int
     """Examples asked for; the last batch of a test set may be smaller."""
+
+
+class Fetcher(Protocol):
+    """Who fetches raw batches ahead of the step that asks for them: `loader.PrefetchLoader`."""
+
+    def take(self, request: Request) -> Batch:
+        """One batch."""
+        ...
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """These batches, in this order."""
+        ...
 
 
 class RawBatches:
@@ -113,7 +122,7 @@ class RawBatches:
         indices = self.indices(request.step, request.split, request.size)
         if isinstance(source, (ArraySource, MappedSource)):
             return source.fetch(indices)
-        with seeded(key(self.seed, self.name, "fetch", request.split, request.step)):
+        with seeded_cpu_generators(key(self.seed, self.name, "fetch", request.split, request.step)):
             batch = source.fetch(indices)
         self._check_labels(batch)
         return batch
@@ -210,7 +219,7 @@ class TaskBatches:
         self.raw = RawBatches(task, seed=seed, batch_size=batch_size, device=device, heldout=heldout)
         self.name, self.seed, self.batch_size = task.name, seed, self.raw.batch_size
         self.device, self.dtype = torch.device(device), dtype
-        self.stream: Stream | None = None
+        self.stream: Fetcher | None = None
         self._transform = task.transform
 
     @property

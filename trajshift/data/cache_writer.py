@@ -31,10 +31,10 @@ from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import shuffled_by_class
 from trajshift.errors import UsageError, nearest
 from trajshift.rng import key
-from trajshift.runs.directory import replace_file
+from trajshift.utils.files import replace_file
 from trajshift.utils.progress import Progress
 
-PLAN = "plan.json"
+PLAN_FILE = "plan.json"
 LOCK = "lock"
 CHUNK_BYTES = 2**20
 """Pixels that a worker hands over at once."""
@@ -222,7 +222,7 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
         "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()},
     }
     try:
-        there = json.loads((part / PLAN).read_text(encoding="utf-8"))
+        there = json.loads((part / PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         there = None
     if there != plan:
@@ -233,7 +233,7 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
             )
         for file in part.glob("*.npy"):
             file.unlink()
-        replace_file(part / PLAN, json.dumps(plan))
+        replace_file(part / PLAN_FILE, json.dumps(plan))
     for split, numbers in labels.items():
         data = BytesIO()
         np.save(data, numbers)  # to a file itself it writes without saying why it could not
@@ -258,7 +258,7 @@ def _finish(part: Path, manifest: dict[str, Any], folder: Path) -> None:
     manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
     replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     part.rename(folder)  # before the plan goes: who dies in between has lost nothing
-    for scaffold in (PLAN, LOCK):
+    for scaffold in (PLAN_FILE, LOCK):
         (folder / scaffold).unlink()
 
 

@@ -1,7 +1,7 @@
 """Labelled images by way of Hugging Face `datasets`: hub ids, saved folders, parquet files, image folders.
 
 Images are decoded and resized once. If a split fits in memory it becomes an `ArraySource` of uint8, else each
-image is decoded whenever it is fetched, best by the workers of a `Stream`.
+image is decoded whenever it is fetched, best by the workers of a `PrefetchLoader`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from trajshift.errors import UsageError
 from trajshift.task import Batch
 
 
-class _Plan:
+class _RequestQueue:
     """What the loader is to fetch: it pulls requests some way ahead, and those pulled are remembered in `sent`."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class _Requests(Dataset[Any]):
             return error  # raised in the parent; the loader would bury its sentence in a traceback
 
 
-class Stream:
+class PrefetchLoader:
     """Fetches the batches of many tasks ahead, in `workers` processes; with none, when they are asked for.
 
     The `TaskBatches` given here take what is not in memory from the stream from then on. It expects, step by step,
@@ -71,7 +71,7 @@ class Stream:
         self._raw = {task.name: task.raw for task in batches.values()}
         self._sizes = {task.name: task.batch_size for task in batches.values()}
         self._served: dict[tuple[str, str], int] = {}
-        self._plan = _Plan()
+        self._plan = _RequestQueue()
         self._fetched: Iterator[Any] | None = None
         self._loader: DataLoader[Any] | None = None
         if workers and any(raw.streams(split) for raw in self._raw.values() for split in ("train", "test")):

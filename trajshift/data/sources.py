@@ -6,10 +6,8 @@ it is what exact resume and replay rest on: any batch of any step can be had aga
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,7 +20,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset, default_col
 
 from trajshift.data.resize import image_tensor
 from trajshift.errors import UsageError
-from trajshift.rng import permutation, seed_generators
+from trajshift.rng import permutation, seeded_cpu_generators
 
 if TYPE_CHECKING:
     from trajshift.task import Batch
@@ -213,21 +211,6 @@ def as_source(data: Any, *, what: str = "the source") -> Source:
     return DatasetSource(data)
 
 
-@contextmanager
-def seeded(draw: int) -> Iterator[None]:
-    """The CPU generators of torch, numpy and `random` as `draw` says, and afterwards as they were."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        seed_generators(draw, torch.device("cpu"))  # the accelerators' stay as they are
-        np.random.seed(draw & 0xFFFFFFFF)
-        random.seed(draw)
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
 def subset(source: Source, indices: Tensor) -> Source:
     """The examples `indices` (int64 `[n]`) of `source`; of an `ArraySource` a copy, of others a view."""
     if isinstance(source, ArraySource):
@@ -285,7 +268,7 @@ def labels_of(source: Source) -> Tensor | None:
         column = _label_column(source.dataset)
         if column is not None:
             return _integer_labels(torch.as_tensor(column))
-    with seeded(0):
+    with seeded_cpu_generators(0):
         entries = [label_entry(source.fetch(torch.tensor([number]))) for number in range(len(source))]
     if not all(isinstance(entry, Tensor) and len(entry) == 1 for entry in entries):
         return None

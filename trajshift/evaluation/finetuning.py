@@ -15,24 +15,23 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from trajshift.data.batches import TaskBatches
-from trajshift.data.loader import Stream
+from trajshift.data.loader import PrefetchLoader
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
 from trajshift.errors import NonFiniteLoss, UsageError, nearest
 from trajshift.learners.initialization import Initialization, tensor_names
 from trajshift.learners.inner_optimizer import Inner, set_lr
-from trajshift.learners.learner import (
+from trajshift.learners.modules import (
     Factory,
     as_factory,
     faster_channels_last,
-    find_heads,
     fresh_module,
     head_key,
     phi_key,
     to_channels_last,
 )
-from trajshift.learners.parameter_matrix import is_in_head
-from trajshift.recipes.sections import SGD_OPTIONS
+from trajshift.learners.sharing import find_heads, is_in_head
 from trajshift.rng import key, repeatable, seed_generators
+from trajshift.settings import SGD_OPTIONS
 from trajshift.task import Task
 from trajshift.utils.cpu_memory import keep_memory
 
@@ -157,7 +156,7 @@ def finetune(
     task = few(task, train_images, seed)
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     batches = TaskBatches(task, seed=seed, batch_size=batch_size, device=device, dtype=kind)
-    with repeatable(device), closing(Stream({task.name: batches}, workers)):
+    with repeatable(device), closing(PrefetchLoader({task.name: batches}, workers)):
         start_statistics(module, task, batches, running_stats, initialization)
         training = _Training(module, task, batches, inner, seed, steps)
         curve = training.run(evaluate_every, progress)
@@ -344,7 +343,7 @@ class _Training:
     def run(self, evaluate_every: int | None, progress: Callable[[int, int], None] | None) -> list[dict[str, float]]:
         """Takes all steps; returns the curve."""
         self.module.train()
-        optimizer = self.inner.build([p for p in self.module.parameters() if p.requires_grad])
+        optimizer = self.inner.build_optimizer([p for p in self.module.parameters() if p.requires_grad])
         every = max(1, self.steps // CURVE_POINTS)
         for step in range(self.steps):
             set_lr(optimizer, self.inner.lr_at(step / self.steps))

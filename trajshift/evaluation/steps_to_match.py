@@ -12,7 +12,7 @@ NOT_REACHED = "not reached"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
+class StepsToMatch:
     """Of one method, the first checkpoint whose mean over seeds is at least as good as the reference's last."""
 
     label: str
@@ -23,7 +23,7 @@ class Reach:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReachTable:
+class StepsToMatchTable:
     """All methods against one."""
 
     reference: str
@@ -32,7 +32,7 @@ class ReachTable:
     """Inner steps of the reference."""
     goals: dict[str, float]
     """Target, or `AVERAGE` -> mean over seeds at the reference's end."""
-    lines: tuple[Reach, ...]
+    lines: tuple[StepsToMatch, ...]
 
     def header(self) -> list[str]:
         """Column names for `cells`."""
@@ -58,7 +58,7 @@ def _range(seeds: Sequence[int | None]) -> str:
     return " to ".join(dict.fromkeys(texts)) or "-"
 
 
-def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") -> ReachTable | None:
+def steps_to_match_table(rows: Sequence[Row], final: Summary, method: str = "reptile") -> StepsToMatchTable | None:
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
     A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
@@ -82,12 +82,12 @@ def reach_table(rows: Sequence[Row], final: Summary, method: str = "reptile") ->
         curve = partial(curves, x="inner_steps", metric=final.metric, target=None if name == AVERAGE else name)
         steps[name] = _first(curve(chosen), sign, goals[name])
         by_seed[name] = [_first_in_seed(curve(rows), sign, best.label) for rows in of_seed.values()]
-    return ReachTable(
+    return StepsToMatchTable(
         reference=best.label,
         budget=best.inner_steps,
         goals=goals,
         lines=tuple(
-            Reach(
+            StepsToMatch(
                 label=label,
                 steps={name: steps[name].get(label) for name in goals},
                 by_seed={name: [one[label] for one in by_seed[name] if label in one] for name in goals},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trajshift.cli.commands import need_report_extra
 from trajshift.recipes.recipe import load
-from trajshift.runs.directory import disk_errors
+from trajshift.report.terminal_summary import print_summary
 from trajshift.runs.pool import Job, refuse_failures, run_jobs
-from trajshift.utils.terminal import console, print_summary
+from trajshift.utils.files import disk_errors
+from trajshift.utils.imports import need_report_extra
+from trajshift.utils.terminal import console
 
 METHODS: dict[str, tuple[str, ...]] = {
     "trajectory-shifting": (),
@@ -49,8 +50,9 @@ def run_demo(output: Path, *, quick: bool = False) -> None:
         UsageError: a run failed, or `output` holds runs of another recipe.
     """
     need_report_extra()
+    from trajshift.evaluation.comparison import summary_tables
     from trajshift.report.write_report import write_report
-    from trajshift.runs.evaluate_runs import collect, summary_tables
+    from trajshift.runs.evaluation_rows import collect
 
     jobs = demo_jobs(output, quick=quick)
     first = jobs[0].recipe

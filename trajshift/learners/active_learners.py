@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trajshift.data.batches import TaskBatches
-from trajshift.data.loader import Stream
+from trajshift.data.loader import PrefetchLoader
 from trajshift.distributed import World, balance
 from trajshift.errors import UsageError
 from trajshift.learners.inner_optimizer import Inner
-from trajshift.learners.learner import Blueprint, Learner, fresh_module, head_key, seeded
+from trajshift.learners.learner import Learner
+from trajshift.learners.modules import fresh_module, head_key
 from trajshift.learners.parameter_matrix import Trajectories
-from trajshift.rng import generator_state, key, permutation
+from trajshift.learners.sharing import Blueprint
+from trajshift.rng import generator_state, key, permutation, seeded
 from trajshift.task import Task, move
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-class Roster:
+class ActiveLearners:
     """The learners of the running round on this rank, row by row.
 
     Attributes:
@@ -68,7 +70,7 @@ class Roster:
         self.learners: list[Learner] = []
         self.weights = torch.zeros(0, dtype=blueprint.layout.dtype, device=device)
         self.snapshots: dict[str, Snapshot] = {}
-        self._stream: Stream | None = None
+        self._stream: PrefetchLoader | None = None
         self._allocate()
 
     def _homes(self, kept: dict[str, int]) -> dict[str, int]:
@@ -176,7 +178,7 @@ class Roster:
         if self._stream is not None:
             self._stream.close()
         if self.workers:
-            self._stream = Stream({learner.task.name: learner.batches for learner in learners}, self.workers)
+            self._stream = PrefetchLoader({learner.task.name: learner.batches for learner in learners}, self.workers)
 
     def _enter(self, name: str) -> Learner:
         task = self.tasks[name]
@@ -201,10 +203,10 @@ class Roster:
                 learner.take(task, self._batches(task, self.device))
         self._seat(staying)
 
-    def check(self) -> None:
+    def check_modules(self) -> None:
         """Refuses modules whose parameters left the matrix."""
         for learner in self.learners:
-            learner.check()
+            learner.check_module()
 
     # -- replay ----------------------------------------------------------------------------------------------
 

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trajshift.algorithm.conjugate_gradient import Product, hessian_product
-from trajshift.learners.active_learners import Roster
-from trajshift.learners.learner import Learner, untouched
+from trajshift.algorithm.conjugate_gradient import hessian_product
+from trajshift.algorithm.protocols import Product
+from trajshift.learners.active_learners import ActiveLearners
+from trajshift.learners.learner import Learner
+from trajshift.rng import seeded
 
 
-class RosterProbe:
+class ExtraPasses:
     """`metagrad.Probe` for the learners of a roster, at the theta they have now.
 
     Args:
@@ -24,7 +26,7 @@ class RosterProbe:
         counts: `gradient_evaluations`: one for each pass, two for each Hessian-vector product.
     """
 
-    def __init__(self, roster: Roster, phi: Tensor, step: int, autocast: torch.dtype | None) -> None:
+    def __init__(self, roster: ActiveLearners, phi: Tensor, step: int, autocast: torch.dtype | None) -> None:
         self.phi = phi
         self.theta = roster.theta
         self.gradients = roster.gradients
@@ -70,3 +72,20 @@ class RosterProbe:
                 return product(v)
 
             yield counted
+
+
+@contextmanager
+def untouched(module: nn.Module, draw: int, device: torch.device) -> Iterator[None]:
+    """Runs passes that leave no trace: buffers (BatchNorm statistics, counters) and generators are put back.
+
+    The module sees copies of its buffers meanwhile, so the originals are not even written to.
+    """
+    saved = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
+    try:
+        for part, name, buffer in saved:
+            part._buffers[name] = buffer.clone()
+        with seeded(draw, device):
+            yield
+    finally:
+        for part, name, buffer in saved:
+            part._buffers[name] = buffer

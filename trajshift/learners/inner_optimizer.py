@@ -68,7 +68,7 @@ class Inner:
                 f"unknown schedule {self.schedule!r}{nearest(self.schedule, ('constant', 'cosine', 'step'))}"
             )
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """The optimizer on these parameters."""
         return build_optimizer(self.optimizer, parameters, lr=self.lr, **self.options)
 

@@ -6,10 +6,7 @@ travels between tasks. Shared and frozen parameters are not part of it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,187 +14,12 @@ from torch import Tensor, nn
 
 from trajshift.data.batches import TaskBatches
 from trajshift.errors import UsageError
-from trajshift.learners.initialization import tensor_names
 from trajshift.learners.inner_optimizer import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
-from trajshift.learners.parameter_matrix import Layout, Trajectories, is_in_head, shared_names
-from trajshift.rng import key, repeatable, seed_generators
+from trajshift.learners.modules import fresh_module, head_key
+from trajshift.learners.parameter_matrix import Trajectories
+from trajshift.learners.sharing import Blueprint
+from trajshift.rng import key, seed_generators
 from trajshift.task import Batch, Task
-
-Factory = Callable[[Task], nn.Module]
-_USUAL_HEADS = ("fc", "head", "heads", "classifier")
-
-
-@contextmanager
-def seeded(draw: int, device: torch.device) -> Iterator[None]:
-    """Runs a block under the global generators seeded by a key; they are put back afterwards."""
-    with repeatable(device):
-        seed_generators(draw, device)
-        yield
-
-
-def as_factory(model: Factory | nn.Module, heads: str | Sequence[str] | None) -> Factory:
-    """A model factory; a plain module is copied for each task and gets a fresh head (the first named) of its size.
-
-    Raises:
-        UsageError: a module without a head's name, or a head that cannot be resized.
-    """
-    if not isinstance(model, nn.Module):
-        return model
-    head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
-    if head is None:
-        raise UsageError("a module was given as the model: name its head, for instance head='fc'")
-    try:
-        old = model.get_submodule(head)
-    except AttributeError:
-        raise UsageError(f"the model has no part named {head!r}; name its head") from None
-    if not isinstance(old, nn.Linear):
-        raise UsageError(
-            f"head {head!r} is a {type(old).__name__}; only a Linear one can be resized, "
-            "pass a factory model(task) instead"
-        )
-
-    def build(task: Task) -> nn.Module:
-        if task.outputs is None:
-            raise UsageError(f"task {task.name!r} names no outputs, which size its head; set outputs")
-        module = copy.deepcopy(model)
-        fresh = nn.Linear(old.in_features, task.outputs, bias=old.bias is not None)
-        parent, _, leaf = head.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, fresh.to(old.weight))
-        return module
-
-    return build
-
-
-def faster_channels_last(module: nn.Module) -> bool:
-    """Whether it has float32 convolutions over images (a ResNet20's step then takes three quarters of the time)."""
-    return any(isinstance(part, nn.Conv2d) and part.weight.dtype is torch.float32 for part in module.modules())
-
-
-def to_channels_last(module: nn.Module) -> nn.Module:
-    """The module, its convolutions' weights laid out channels-last; they make the activations follow."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def fresh_module(factory: Factory, task: Task, draw: int) -> nn.Module:
-    """A module from the factory with all its random numbers drawn from one key, in training mode."""
-    with seeded(draw, torch.device("cpu")):
-        module = factory(task)
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"the model factory returned {type(module).__name__} for task {task.name!r}, not a module")
-    return module.train()
-
-
-def phi_key(seed: int) -> int:
-    """The draw behind the first phi: it depends on the seed alone."""
-    return key(seed, "phi")
-
-
-def head_key(seed: int, task: str, renewal: int = 0) -> int:
-    """The draw behind a task's own parameters; `renewal` counts the rounds at which heads were renewed."""
-    return key(seed, task, "head", renewal)
-
-
-@dataclass(slots=True)
-class Blueprint:
-    """What all learners have in common, found by building the model once for every task."""
-
-    factory: Factory
-    layout: Layout
-    heads: tuple[str, ...]
-    phi: Tensor
-    """The first phi `[P]`, on the CPU."""
-    frozen: dict[str, Tensor]
-    """Frozen parameters with the same shape in all tasks: they exist once."""
-    channels_last: bool
-    """Whether the factory's modules keep their convolutions' weights channels-last."""
-    names: frozenset[str]
-    """Of all parameters and buffers of the first task's model."""
-
-    @classmethod
-    def inspect(
-        cls,
-        factory: Factory,
-        tasks: Sequence[Task],
-        head: str | Sequence[str] | None,
-        rule: Sequence[str] | None,
-        seed: int,
-        channels_last: bool | None = None,
-    ) -> Blueprint:
-        """Builds the model for each task, decides what is shared and draws the first phi.
-
-        Raises:
-            UsageError: no head can be found, or the sharing rule does not fit.
-        """
-        first = fresh_module(factory, tasks[0], phi_key(seed))
-        if channels_last is None:
-            channels_last = faster_channels_last(first)
-        if channels_last:
-            made = factory
-            factory, first = lambda task: to_channels_last(made(task)), to_channels_last(first)
-        heads = find_heads(first, head, rule)
-        frozen = {name: p.data for name, p in first.named_parameters() if not p.requires_grad}
-        trainable: dict[str, dict[str, tuple[int, ...]]] = {}
-        for task in tasks:
-            named = dict(fresh_module(factory, task, head_key(seed, task.name)).named_parameters())
-            trainable[task.name] = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad}
-            frozen = {n: f for n, f in frozen.items() if n in named and named[n].shape == f.shape}
-        parameters = dict(first.named_parameters())
-        shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
-        layout = Layout(shared)
-        phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
-        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first))
-
-    def admit(self, tasks: Sequence[Task], seed: int) -> None:
-        """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
-        for task in tasks:
-            named = dict(fresh_module(self.factory, task, head_key(seed, task.name)).named_parameters())
-            for entry in self.layout.entries:
-                shape = tuple(named[entry.name].shape) if entry.name in named else "missing"
-                if shape != entry.shape:
-                    raise UsageError(
-                        f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there, "
-                        f"{entry.shape} in this run"
-                    )
-
-
-def find_heads(module: nn.Module, head: str | Sequence[str] | None, rule: Sequence[str] | None) -> tuple[str, ...]:
-    """Dotted names of the heads: those given, else the usual one there is; none where a sharing rule does without.
-
-    Raises:
-        UsageError: a head that the model does not have, or none that can be told.
-    """
-    names = [name for name, _ in module.named_parameters()]
-    if head is None:
-        children = {name for name, _ in module.named_children()}
-        found = tuple(name for name in _USUAL_HEADS if name in children)
-        if len(found) != 1 and rule is None:
-            which = " and ".join(repr(name) for name in found) or "none of " + ", ".join(map(repr, _USUAL_HEADS))
-            raise UsageError(f"cannot tell which part of the model is the head (found {which}); name it with head=")
-        return found
-    heads = (head,) if isinstance(head, str) else tuple(head)
-    for one in heads:
-        if not any(is_in_head(name, (one,)) for name in names):
-            raise UsageError(
-                f"the model has no head named {one!r}; its parts are {sorted({n.split('.')[0] for n in names})}"
-            )
-    return heads
-
-
-@contextmanager
-def untouched(module: nn.Module, draw: int, device: torch.device) -> Iterator[None]:
-    """Runs passes that leave no trace: buffers (BatchNorm statistics, counters) and generators are put back.
-
-    The module sees copies of its buffers meanwhile, so the originals are not even written to.
-    """
-    saved = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
-    try:
-        for part, name, buffer in saved:
-            part._buffers[name] = buffer.clone()
-        with seeded(draw, device):
-            yield
-    finally:
-        for part, name, buffer in saved:
-            part._buffers[name] = buffer
 
 
 class Learner:
@@ -264,14 +86,14 @@ class Learner:
             )
         self.task, self.batches = task, batches
 
-    def check(self) -> None:
+    def check_module(self) -> None:
         """Refuses a module whose parameters left the matrix or were replaced."""
-        self._trajectories.check(self.row, self.module, {**self.shared, **self.own}, self.task.name)
+        self._trajectories.check_parameters(self.row, self.module, {**self.shared, **self.own}, self.task.name)
 
     def renew_optimizer(self) -> None:
         """Forgets the inner optimizer's state."""
         parameters = [*self._optimized().values()]
-        self.optimizer = self.inner.build(parameters)
+        self.optimizer = self.inner.build_optimizer(parameters)
 
     def _optimized(self) -> dict[str, nn.Parameter]:
         if not self.adapt_shared:
@@ -321,7 +143,7 @@ class Learner:
         """A row `[P]` cut into the shared parameters' shapes, in their order."""
         return list(self._blueprint.layout.views(row).values())
 
-    def pull(self, phi: Tensor, strength: float) -> None:
+    def add_proximal_gradient(self, phi: Tensor, strength: float) -> None:
         """Adds the gradient of `strength / 2 * ||theta - phi||^2` (iMAML's proximal term)."""
         towards = self._trajectories.layout.views(phi)
         for name, parameter in self.shared.items():

@@ -6,9 +6,8 @@ its row, so a reset is one broadcast copy, a mean one reduction and a shift one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 
 import torch
@@ -111,7 +110,7 @@ class Trajectories:
             bound[name] = parameters[name]
         return bound
 
-    def check(self, row: int, module: nn.Module, trained: Mapping[str, nn.Parameter], task: str) -> None:
+    def check_parameters(self, row: int, module: nn.Module, trained: Mapping[str, nn.Parameter], task: str) -> None:
         """Refuses a module whose parameters are not those in training, or no longer views of their row.
 
         Raises:
@@ -126,47 +125,3 @@ class Trajectories:
                     f"parameter {name!r} of task {task!r} left the trajectory matrix or was replaced; "
                     "do not call .to() or load_state_dict(assign=True) on a module in training"
                 )
-
-
-def shared_names(
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-    heads: Sequence[str],
-    rule: Sequence[str] | None,
-) -> list[str]:
-    """Names of the shared parameters, in the first task's order.
-
-    Without a rule: every trainable parameter with the same name and shape in all tasks, minus the heads.
-    With one: every trainable parameter that a shell-style pattern (`*.adapter.*`) matches.
-
-    Args:
-        shapes: for each task the shapes of its trainable parameters by name.
-        heads: dotted prefixes of the heads.
-        rule: name patterns, or None.
-
-    Raises:
-        UsageError: a pattern that matches nothing, or a named parameter missing or of unequal shape in a task.
-    """
-    first_task, first = next(iter(shapes.items()))
-    if rule is None:
-        return [
-            name
-            for name, shape in first.items()
-            if not is_in_head(name, heads) and all(other.get(name) == shape for other in shapes.values())
-        ]
-    for pattern in rule:
-        if not any(fnmatchcase(name, pattern) for name in first):
-            raise UsageError(f"sharing pattern {pattern!r} matches no trainable parameter of task {first_task!r}")
-    chosen = [name for name in first if any(fnmatchcase(name, pattern) for pattern in rule)]
-    for task, other in shapes.items():
-        for name in chosen:
-            if other.get(name) != first[name]:
-                raise UsageError(
-                    f"parameter {name!r} cannot be shared: its shape is {first[name]} in task {first_task!r} "
-                    f"and {other.get(name, 'missing')} in task {task!r}; take it out of the sharing rule"
-                )
-    return chosen
-
-
-def is_in_head(name: str, heads: Sequence[str]) -> bool:
-    """Whether a dotted parameter name lies in one of the heads."""
-    return any(name == head or name.startswith(head + ".") for head in heads)

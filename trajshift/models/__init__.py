@@ -35,7 +35,7 @@ def names() -> tuple[str, ...]:
     return tuple(_FACTORIES)
 
 
-def check(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Refuses a name that `build` cannot know; an import path is not followed.
 
     Raises:
@@ -45,7 +45,7 @@ def check(name: str) -> None:
         raise UsageError(f"unknown model {name!r}{nearest(name, _FACTORIES)}; or write package.module:factory")
 
 
-def build(name: str, task: Task, /, **options: Any) -> nn.Module:
+def build_model(name: str, task: Task, /, **options: Any) -> nn.Module:
     """A new model for one task, its parameters drawn from torch's global generator.
 
     Args:
@@ -57,7 +57,7 @@ def build(name: str, task: Task, /, **options: Any) -> nn.Module:
         UsageError: an unknown model or option, a path that cannot be imported, a value that the model
             refuses, a task without the sizes it needs, or a factory that returns no module.
     """
-    check(name)
+    check_model_name(name)
     factory = load_object(_FACTORIES.get(name, name), "model")
     if not callable(factory):
         raise UsageError(f"model {name!r} is a {type(factory).__name__}; name a callable factory(task, **options)")

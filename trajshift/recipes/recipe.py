@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.algorithm.methods import ENGINES, resolve
+from trajshift.algorithm.methods import resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.recipes.sections import (
     FORBID_UNKNOWN,
     IMPORT_PATH,
-    SGD_OPTIONS,
     DataRecipe,
     FinetuneRecipe,
     InnerRecipe,
@@ -30,6 +29,7 @@ from trajshift.recipes.sections import (
     one_of,
     positive,
 )
+from trajshift.settings import ENGINES, SGD_OPTIONS
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -13,13 +13,9 @@ from typing import Any
 
 from trajshift.data.registry import find
 from trajshift.errors import UsageError, nearest
+from trajshift.settings import SGD_OPTIONS
 
 FORBID_UNKNOWN = {"extra": "forbid"}
-SGD_OPTIONS: dict[str, dict[str, Any]] = {
-    "inner": {"momentum": 0.9, "weight_decay": 5e-4},
-    "finetune": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-}
-"""What a section's options are where the recipe leaves them out and its optimizer is SGD."""
 SOURCE_KINDS = ("npz", "digits", "hf", "cache", "hub")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -12,10 +12,17 @@ from typing import Any
 
 from trajshift.evaluation.comparison import AVERAGE, FINAL, UNTRAINED, Row, Summary, curves, show_p, summary_tables
 from trajshift.evaluation.statistics import PairedTest
-from trajshift.evaluation.steps_to_match import reach_table
+from trajshift.evaluation.steps_to_match import steps_to_match_table
 from trajshift.report import figures
 from trajshift.report.page import Page
-from trajshift.report.tables import curves_csv, curves_markdown, reach_csv, summary_csv, tests_csv, write_markdown
+from trajshift.report.tables import (
+    curves_csv,
+    curves_markdown,
+    steps_to_match_csv,
+    summary_csv,
+    tests_csv,
+    write_markdown,
+)
 
 _TESTS = (
     "Paired t-tests over seeds of the average over targets, first minus second with its 95% interval; "
@@ -130,7 +137,7 @@ def against_steps(page: Page, rows: Sequence[Row], final: Summary, styles: figur
 
 
 def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> None:
-    table = reach_table(rows, final)
+    table = steps_to_match_table(rows, final)
     if table is None:
         return
     page.heading("Inner steps needed to reach Reptile's final result", 3)
@@ -142,7 +149,7 @@ def _reach(page: Page, rows: Sequence[Row], final: Summary, folder: Path) -> Non
     )
     cells = [*table.cells(), *table.seed_cells()]
     page.table(table.header(), cells, caption)
-    reach_csv(folder / "reach.csv", table)
+    steps_to_match_csv(folder / "reach.csv", table)
     write_markdown(folder / "reach.md", table.header(), cells, caption)
 
 

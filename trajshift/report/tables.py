@@ -10,7 +10,7 @@ from typing import Any
 
 from trajshift.evaluation.comparison import AVERAGE, Curve, Summary
 from trajshift.evaluation.statistics import Estimate
-from trajshift.evaluation.steps_to_match import ReachTable
+from trajshift.evaluation.steps_to_match import StepsToMatchTable
 from trajshift.report.figures import Series, aligned
 
 Show = Callable[[Estimate | None], str]
@@ -101,7 +101,7 @@ def training_markdown(file: Path, panels: Mapping[str, Mapping[str, Sequence[Ser
     write_markdown(file, ["task", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
 
 
-def reach_csv(file: Path, table: ReachTable) -> None:
+def steps_to_match_csv(file: Path, table: StepsToMatchTable) -> None:
     """Target x method: steps, empty where not reached, beside the goal and the reference's budget."""
     rows = [
         [line.label, name, steps, None if steps is None else table.budget / steps, table.goals[name]]

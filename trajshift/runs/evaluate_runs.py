@@ -7,30 +7,27 @@ stopped. Reading rows needs no torch; `comparison` says what is in one and makes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.errors import NonFiniteLoss, UsageError, nearest
-from trajshift.evaluation.comparison import FINAL, SCRATCH, START, UNTRAINED, Row, summary_table, summary_tables
+from trajshift.errors import UsageError, nearest
+from trajshift.evaluation.comparison import FINAL, SCRATCH, START, UNTRAINED, Row
+from trajshift.evaluation.evaluate import ProgressCallback, finetuned_row
 from trajshift.recipes.recipe import Recipe, load
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import (
     FILE,
-    append_row,
-    checkpoints_of,
-    collect,
-    digest_of,
     distinct,
     identity_of,
     labelled,
     labels_of,
-    manifest_of,
     read_evaluation,
-    read_jsonl,
     setting_of,
 )
+from trajshift.runs.starting_points import checkpoints_of, digest_of, load_phi, manifest_of
+from trajshift.utils.files import append_row, read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,46 +35,6 @@ if TYPE_CHECKING:
     from trajshift.task import Task
 
 SECTIONS = ("targets", "tuning")
-
-Progress = Callable[[int, int, str], None]
-"""Called with fine-tunings done, their number, and what the next one is."""
-
-
-def evaluate(
-    initializations: Mapping[str, Mapping[int, Mapping[str, Tensor] | None]],
-    targets: Sequence[Task] | Mapping[str, Task],
-    *,
-    train_images: Sequence[int | None] = (None,),
-    progress: Progress | None = None,
-    **options: Any,
-) -> list[Row]:
-    """Fine-tunes every target from every initialization; rows for `comparison.summary_table`.
-
-    Args:
-        initializations: method -> seed -> phi, None for scratch. The seed also decides head, batches and
-            subset.
-        targets: tasks with test examples.
-        train_images: numbers of training images, None for all.
-        progress: called before each fine-tuning.
-        options: further arguments of `finetune`, such as model and steps.
-    """
-    tasks = list(targets.values()) if isinstance(targets, Mapping) else list(targets)
-    jobs = [
-        (label, seed, phi, task, images)
-        for label, by_seed in initializations.items()
-        for seed, phi in by_seed.items()
-        for task in tasks
-        for images in train_images
-    ]
-    rows = []
-    for done, (label, seed, phi, task, images) in enumerate(jobs):
-        if progress is not None:
-            progress(done, len(jobs), f"{label} seed {seed} on {task.name}")
-        start = FINAL if phi is not None else SCRATCH
-        about = getattr(phi, "about", {})
-        base = {"checkpoint": start, "inner_steps": about.get("step", 0), "method": label, "label": label}
-        rows.append(_row(base | {"seed": seed}, phi, task, images, options))
-    return rows
 
 
 def evaluate_runs(
@@ -88,7 +45,7 @@ def evaluate_runs(
     checkpoints: bool = False,
     scratch: bool = False,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Row]:
     """Fine-tunes the targets of each run's recipe from what the run learned; rows that exist are only read.
 
@@ -241,14 +198,14 @@ class _Builder:
 
     def compute(self, job: _Job) -> Row:
         """The finished row."""
-        from trajshift.recipes.build_tasks import finetune_options
+        from trajshift.recipes.build_trainer import finetune_options
 
         options = finetune_options(job.recipe)
         for field in ("seed", "train_images"):  # the row says which
             del options[field]
         if job.source != self._source:
             self._source, self._phi = job.source, None if job.source is None else load_phi(job.source)
-        return _row(job.base, self._phi, self._task(job), job.train_images, options)
+        return finetuned_row(job.base, self._phi, self._task(job), job.train_images, options)
 
     def _task(self, job: _Job) -> Task:
         from trajshift.recipes.build_tasks import build_tasks, resolved
@@ -258,61 +215,3 @@ class _Builder:
         if name not in self._tasks:
             self._tasks[name] = build_tasks(job.recipe, [job.target])[job.target]
         return self._tasks[name]
-
-
-def load_phi(source: Path) -> Mapping[str, Tensor]:
-    """phi from an initialization file or a checkpoint folder."""
-    from trajshift.learners.pretrained import load_start
-    from trajshift.training.checkpoint import verify
-
-    if source.is_file():
-        return load_start(source)
-    verify(source)
-    return phi_of(source)
-
-
-def phi_of(checkpoint: Path) -> Mapping[str, Tensor]:
-    """phi from a checkpoint folder, of which nothing else is looked at and no checksum compared."""
-    from trajshift.learners.initialization import Initialization, load_initialization
-
-    shared = load_initialization(checkpoint / "shared.safetensors")
-    prefix = "phi/"
-    return Initialization({n.removeprefix(prefix): t for n, t in shared.items() if n.startswith(prefix)})
-
-
-def _row(
-    base: Row,
-    phi: Mapping[str, Tensor] | None,
-    task: Task,
-    train_images: int | None,
-    options: Mapping[str, Any],
-) -> Row:
-    """One fine-tuning as a row; a loss that is not finite is a result too, and said as `error`."""
-    from trajshift.evaluation.finetuning import finetune, training_images
-    from trajshift.task import untested
-
-    if task.test is None:
-        raise untested(task.name)
-    row = {
-        **base,
-        "target": task.name,
-        "train_images": train_images,
-        "images": training_images(task, train_images),
-        "steps": options.get("steps", 1000),
-    }
-    try:
-        tuned = finetune(phi, task, seed=base["seed"], train_images=train_images, **options)
-    except NonFiniteLoss as error:
-        return {**row, "error": str(error)}
-    return {**row, **tuned.metrics}
-
-
-__all__ = [
-    "collect",
-    "evaluate",
-    "evaluate_runs",
-    "load_phi",
-    "read_evaluation",
-    "summary_table",
-    "summary_tables",
-]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from trajshift.errors import UsageError
-from trajshift.evaluation.comparison import FINAL, UNTRAINED, Row, label_runs
+from trajshift.evaluation.comparison import UNTRAINED, Row, label_runs
 from trajshift.recipes.recipe import Recipe, flatten, load
-from trajshift.runs.directory import RunDirectory, read_jsonl
+from trajshift.runs.starting_points import digests_of
+from trajshift.utils.files import read_jsonl
 
 FILE = "evaluation.jsonl"
 _FIELDS = {"checkpoint": (str, int), "target": str, "steps": int, "seed": int, "inner_steps": int, "method": str}
@@ -41,7 +41,7 @@ def collect(
     for path in paths:
         latest: dict[tuple[Any, ...], Row] = {}
         saved = read_evaluation(path)
-        current = _digests(path, {row["checkpoint"] for row in saved})
+        current = digests_of(path, {row["checkpoint"] for row in saved})
         fresh = [row for row in saved if current.get(row["checkpoint"], row.get("phi")) == row.get("phi")]
         if len(fresh) < len(saved):
             notes.append(
@@ -65,56 +65,6 @@ def collect(
 def read_evaluation(path: Path | str) -> list[Row]:
     """The rows of a run's evaluation.jsonl; a half-written last line is left out, a missing file has none."""
     return read_jsonl(Path(path) / FILE, _FIELDS)
-
-
-def append_row(file: Path, row: Row) -> None:
-    """Adds one row; a half-written last line left by a crash is cut off first."""
-    with open(file, "ab+") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # two commands may fine-tune from one run; released when closed
-        stream.seek(0)
-        whole = stream.read().rfind(b"\n") + 1
-        stream.truncate(whole)
-        stream.write((json.dumps(row) + "\n").encode())
-
-
-# -- starting points ---------------------------------------------------------------------------------------------
-
-
-def checkpoints_of(path: Path) -> Iterator[tuple[int, Path]]:
-    """Step and folder of every checkpoint kept, in order."""
-    folder = RunDirectory(path).checkpoints
-    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-    yield from sorted((int(entry.name), entry) for entry in found)
-
-
-def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checksums not compared."""
-    try:
-        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"checkpoint {checkpoint} has no readable manifest.json ({error}); delete it") from None
-    return manifest
-
-
-def digest_of(source: Path | None) -> str | None:
-    """Identifies the phi in a file or checkpoint."""
-    if source is None:
-        return None
-    if source.is_dir():
-        return str(manifest_of(source)["files"]["shared.safetensors"])[:12]
-    return sha256(source.read_bytes()).hexdigest()[:12]
-
-
-def _digests(path: Path, wanted: set[str | int]) -> dict[str | int, str | None]:
-    """Digests of the starting points that are still there."""
-    sources: dict[str | int, Path] = dict(checkpoints_of(path))
-    final = RunDirectory(path).initialization
-    if final.is_file():
-        sources[FINAL] = final
-    return {name: digest_of(source) for name, source in sources.items() if name in wanted}
-
-
-# -- rows --------------------------------------------------------------------------------------------------------
 
 
 def place_of(row: Row) -> tuple[Any, ...]:

@@ -14,11 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from trajshift.errors import NonFiniteLoss, UsageError
@@ -26,6 +25,7 @@ from trajshift.recipes.recipe import Recipe
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import FILE
+from trajshift.utils.processes import cores, stop_on_signal
 from trajshift.utils.progress import Progress
 
 LOOK_EVERY = 1.0
@@ -72,11 +72,6 @@ class Job:
         return json.dumps({**asdict(self), "path": str(self.path)}) + "\n"
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, UsageError]:
     """Do all jobs in `workers` processes; returns for each run that failed why: `NonFiniteLoss` where it diverged.
 
@@ -116,7 +111,8 @@ def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
     if not jobs:
         return
     from trajshift.learners.pretrained import load_start
-    from trajshift.recipes.build_tasks import build_task, refuse_absent_device
+    from trajshift.recipes.build_tasks import build_task
+    from trajshift.recipes.build_trainer import refuse_absent_device
     from trajshift.task import untested
 
     for device in dict.fromkeys(job.recipe.device for job in jobs):
@@ -185,23 +181,6 @@ def _wait(
                 progress.note(f"{path.name} failed: {failure}")
         note = f"{len(finished)} of {len(jobs)} runs trained and fine-tuned"
         progress.update(_done(jobs, finished - failures.keys()), note=note)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[None]:
-    """SIGTERM ends the wait as SIGINT does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Worker(threading.Thread):

@@ -14,9 +14,11 @@ from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipes.recipe import Recipe, find, load, split_override
 from trajshift.recipes.sections import at_least
 from trajshift.recipes.yaml_text import parse_value
-from trajshift.runs.directory import disk_errors, replace_file, run_name
+from trajshift.runs.directory import run_name
 from trajshift.runs.evaluation_rows import collect
-from trajshift.runs.pool import Job, cores, run_jobs
+from trajshift.runs.pool import Job, run_jobs
+from trajshift.utils.files import disk_errors, replace_file
+from trajshift.utils.processes import cores
 from trajshift.utils.terminal import console, print_table
 
 Point = tuple[tuple[str, str], ...]

@@ -20,20 +20,15 @@ import torch
 from trajshift.data.loader import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.recipes.build_tasks import build_trainer, describe_start, unshared
+from trajshift.recipes.build_trainer import build_trainer, describe_start, unshared
 from trajshift.recipes.recipe import Recipe
-from trajshift.runs.directory import (
-    RunDirectory,
-    check_boundary,
-    disk_errors,
-    environment,
-    fingerprint,
-    resumed_recipe,
-    with_absolute_paths,
-)
-from trajshift.runs.evaluation_rows import manifest_of
+from trajshift.runs.directory import RunDirectory
+from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths
+from trajshift.runs.starting_points import manifest_of
 from trajshift.training import checkpoint
 from trajshift.training.trainer import Event
+from trajshift.utils.environment import environment
+from trajshift.utils.files import disk_errors
 from trajshift.utils.progress import Progress
 
 POLL_EVERY = 5

@@ -14,7 +14,8 @@ from typing import Any
 
 from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipes.recipe import validate
-from trajshift.runs.directory import RunDirectory, disk_errors
+from trajshift.runs.directory import RunDirectory
+from trajshift.utils.files import disk_errors
 
 
 def main() -> None:

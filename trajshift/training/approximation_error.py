@@ -20,7 +20,7 @@ Row = dict[str, Any]
 ||U_k(phi + d_1 + ... + d_{k-1}) - theta_k||, taken before phi moves by d_k, and `distance` ||theta_k - phi||."""
 
 
-class Gauge:
+class ApproximationErrorMeter:
     """Runs tasks again from the phi of now, with the same batches, and compares; no number of the run changes.
 
     A reading after k steps costs k inner steps of the task, counted as `gauge_evaluations` and nowhere else.
@@ -37,7 +37,7 @@ class Gauge:
         self._readings: list[tuple[int, int, str, Tensor]] = []
 
     @classmethod
-    def every(cls, steps: int, horizon: int) -> Gauge:
+    def every(cls, steps: int, horizon: int) -> ApproximationErrorMeter:
         """A gauge that measures one task after every so many inner steps of a round.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,26 +15,15 @@ from trajshift.algorithm.methods import Method, resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.learners.initialization import is_statistic
 from trajshift.learners.inner_optimizer import Inner
-from trajshift.learners.learner import Blueprint, Factory, as_factory
-from trajshift.learners.parameter_matrix import is_in_head
+from trajshift.learners.modules import Factory, as_factory
+from trajshift.learners.sharing import Blueprint, is_in_head
 from trajshift.task import Task
-from trajshift.training.meta_optimizer import OptimizerStep, Outer, PlainStep
+from trajshift.training.meta_optimizer import MetaOptimizer, OptimizerMetaStep, PlainMetaStep
 
 RENEWABLE = ("heads", "optimizer", "statistics")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The four choices as objects, and the model looked through."""
-
-    method: Method
-    metagrad: metagrads.MetaGradient
-    outer: Outer
-    phi: Tensor
-    blueprint: Blueprint
-
-
-def plan_method(
+def choose_method(
     method: str | Method,
     *,
     horizon: int,
@@ -45,7 +34,9 @@ def plan_method(
 ) -> tuple[Method, metagrads.MetaGradient, Carry]:
     """The preset with the user's choices put in, its meta-gradient and its carry."""
     name = carry if isinstance(carry, str) else None
-    resolved, built = _plan_metagrad(method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices)
+    resolved, built = _choose_meta_gradient(
+        method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices
+    )
     if not isinstance(carry, Carry):
         return resolved, built, CARRIES[resolved.carry]
     kind = type(carry).__name__
@@ -54,7 +45,7 @@ def plan_method(
     return replace(resolved, carry=kind), built, carry
 
 
-def _plan_metagrad(
+def _choose_meta_gradient(
     method: str | Method,
     *,
     horizon: int,
@@ -64,7 +55,7 @@ def _plan_metagrad(
 ) -> tuple[Method, metagrads.MetaGradient]:
     if not isinstance(metagrad, metagrads.MetaGradient):
         resolved = resolve(method, horizon=horizon, metagrad=metagrad, **choices)
-        return resolved, metagrads.build(resolved.metagrad, resolved.batch, options)
+        return resolved, metagrads.build_meta_gradient(resolved.metagrad, resolved.batch, options)
     kind = type(metagrad).__name__
     if options or choices["batch"]:
         raise UsageError(f"metagrad is a {kind} object, which already has its options; drop metagrad_options and batch")
@@ -77,10 +68,10 @@ def _plan_metagrad(
     return replace(resolved, metagrad=name or kind), metagrad
 
 
-def plan_outer(
+def choose_meta_optimizer(
     method: Method, phi: Tensor, blueprint: Blueprint, inner: Inner, *,
     horizon: int, meta_lr: float | None, optimizer: Any, options: dict[str, Any],
-) -> Outer:  # fmt: skip
+) -> MetaOptimizer:  # fmt: skip
     """How phi follows the mean meta-gradient."""
     if method.joint:
         if meta_lr is not None or optimizer is not None or options:
@@ -88,7 +79,7 @@ def plan_outer(
                 f"{method.name} moves phi with the inner optimizer; drop meta_lr and the meta-optimizer, "
                 "and set the inner ones"
             )
-        return OptimizerStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
+        return OptimizerMetaStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
     if meta_lr is None:
         meta_lr = method.default_meta_lr(horizon, method.meta_every or 1)
     if not (0.0 < meta_lr < float("inf")):
@@ -96,11 +87,11 @@ def plan_outer(
     if optimizer is None:
         if options:
             raise UsageError(f"meta options {options} belong to a meta-optimizer; name one, or drop them")
-        return PlainStep(meta_lr)
-    return OptimizerStep(phi, blueprint.layout, optimizer, meta_lr, options)
+        return PlainMetaStep(meta_lr)
+    return OptimizerMetaStep(phi, blueprint.layout, optimizer, meta_lr, options)
 
 
-def plan_model(
+def choose_model(
     model: Factory | nn.Module, tasks: Sequence[Task], method: Method, *,
     head: str | Sequence[str] | None, shared: Sequence[str] | None, seed: int,
     initialization: Mapping[str, Tensor] | None, device: torch.device, channels_last: bool | None,
@@ -135,7 +126,7 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
         view.copy_(initialization[name])
 
 
-def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:
+def choose_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:
     """The tasks as a list, names unique and as many as the method takes."""
     listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
     if not listed:
@@ -149,7 +140,7 @@ def plan_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> li
     return listed
 
 
-def plan_renew(renew: Collection[str]) -> frozenset[str]:
+def choose_renewals(renew: Collection[str]) -> frozenset[str]:
     """What a reset renews, names checked."""
     for name in renew:
         if name not in RENEWABLE:

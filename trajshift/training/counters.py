@@ -15,7 +15,7 @@ from torch import Tensor
 from trajshift.errors import NonFiniteLoss
 
 
-class Tally:
+class Counters:
     """Counters of one rank. Tensors stay on the device; nothing waits for it before `mean_losses` or `first_bad`.
 
     Attributes:

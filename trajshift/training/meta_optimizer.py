@@ -13,7 +13,7 @@ from trajshift.learners.inner_optimizer import build_optimizer, load_state_tenso
 from trajshift.learners.parameter_matrix import Layout
 
 
-class PlainStep:
+class PlainMetaStep:
     """phi <- phi - beta * mean meta-gradient (Algorithm 2, lines 11 and 12)."""
 
     def __init__(self, meta_lr: float) -> None:
@@ -33,7 +33,7 @@ class PlainStep:
         """Nothing to load."""
 
 
-class OptimizerStep:
+class OptimizerMetaStep:
     """phi is moved by a `torch.optim` optimizer that is fed the mean meta-gradient."""
 
     def __init__(
@@ -68,4 +68,4 @@ class OptimizerStep:
         load_state_tensors(self._optimizer, self._names, tensors, numbers)
 
 
-Outer = PlainStep | OptimizerStep
+MetaOptimizer = PlainMetaStep | OptimizerMetaStep

@@ -18,17 +18,19 @@ from trajshift.algorithm.meta_gradients import MetaGradient
 from trajshift.algorithm.methods import Method
 from trajshift.distributed import World
 from trajshift.errors import UsageError
-from trajshift.learners.active_learners import Roster
-from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.active_learners import ActiveLearners
+from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.initialization import Initialization
 from trajshift.learners.inner_optimizer import Inner
-from trajshift.learners.learner import Factory, Learner
+from trajshift.learners.learner import Learner
+from trajshift.learners.modules import Factory
 from trajshift.rng import repeatable
 from trajshift.task import Batch, Task
-from trajshift.training.approximation_error import Gauge, joined
-from trajshift.training.choices import plan_method, plan_model, plan_outer, plan_renew, plan_tasks
-from trajshift.training.counters import Tally
-from trajshift.training.engines.choose import Engine, choose
+from trajshift.training.approximation_error import ApproximationErrorMeter, joined
+from trajshift.training.choices import choose_meta_optimizer, choose_method, choose_model, choose_renewals, choose_tasks
+from trajshift.training.counters import Counters
+from trajshift.training.engines.choose import choose
+from trajshift.training.engines.loop import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class MetaTrainer:
         device: str | torch.device = "cpu",
         grad_clip: float | None = None,
         autocast: torch.dtype | None = None,
-        gauge: Gauge | None = None,
+        gauge: ApproximationErrorMeter | None = None,
         channels_last: bool | None = None,
         overlap: bool = False,
         engine: str | Engine = "auto",
@@ -145,23 +147,23 @@ class MetaTrainer:
         self.grad_clip = grad_clip
         self.autocast = autocast
         self.gauge = gauge
-        self.renew = plan_renew(renew)
-        self.method, self.metagrad, self.carry = plan_method(
+        self.renew = choose_renewals(renew)
+        self.method, self.metagrad, self.carry = choose_method(
             method, horizon=horizon, metagrad=metagrad, options=dict(metagrad_options or {}),
             meta_every=meta_every, carry=carry, adapt=adapt, batch=batch,
         )  # fmt: skip
-        listed = plan_tasks(tasks, self.method)
-        self.blueprint, self.phi = plan_model(
+        listed = choose_tasks(tasks, self.method)
+        self.blueprint, self.phi = choose_model(
             model, listed, self.method,
             head=head, shared=shared, seed=seed, initialization=initialization, device=self.device,
             channels_last=channels_last,
         )  # fmt: skip
         self.layout = self.blueprint.layout
-        self.outer = plan_outer(
+        self.outer = choose_meta_optimizer(
             self.method, self.phi, self.blueprint, self.inner,
             horizon=horizon, meta_lr=meta_lr, optimizer=meta_optimizer, options=dict(meta_options or {}),
         )  # fmt: skip
-        self.roster = Roster(
+        self.roster = ActiveLearners(
             listed, self.blueprint, self.inner, self.world,
             seed=seed, batch_size=batch_size, tasks_per_round=tasks_per_round,
             heldout=heldout if self.metagrad.needs_heldout else 0.0,
@@ -173,7 +175,7 @@ class MetaTrainer:
         self.overlap = overlap
         self.pending: Callable[[], Tensor] | None = None
         """With `overlap`: waits for the mean meta-gradient `[P]` that phi has yet to follow."""
-        self.tally = Tally(self.device, self.layout.dtype)
+        self.tally = Counters(self.device, self.layout.dtype)
         self._asked = engine
         self.engine = choose(engine, self)
         self.world.same(self.initialization.digest(), "the first phi")
@@ -258,7 +260,7 @@ class MetaTrainer:
 
     def _reset(self) -> None:
         """theta_0 <- phi for every learner of the round; what else is renewed was chosen by `renew`."""
-        self.roster.check()
+        self.roster.check_modules()
         if self.roster.assign(self.round):
             self.tally.seat(self.roster.names)
         if self.step > 0:
@@ -300,14 +302,14 @@ class MetaTrainer:
         if seeded:
             learner.seed_generators(step)
         ends = (k + 1) % (self.method.meta_every or 1) == 0
-        return self.follow_gradient(learner, batch, lr=self.inner.lr_at(k / self.horizon), ends=ends)
+        return self.inner_update(learner, batch, lr=self.inner.lr_at(k / self.horizon), ends=ends)
 
-    def follow_gradient(self, learner: Learner, batch: Batch, *, lr: float | Tensor, ends: bool) -> Tensor:
+    def inner_update(self, learner: Learner, batch: Batch, *, lr: float | Tensor, ends: bool) -> Tensor:
         """One learner's inner step on a batch, before a meta-update if it `ends` a segment; its loss before that."""
         shared = self.method.adapt == "all" or (self.metagrad.needs_gradients and ends)
         loss = learner.backward(batch, autocast=self.autocast, shared=shared)
         if self.metagrad.penalty:
-            learner.pull(self.phi, self.metagrad.penalty)
+            learner.add_proximal_gradient(self.phi, self.metagrad.penalty)
         if self.grad_clip is not None:
             learner.clip(self.grad_clip)
         if shared and self.roster.keep_gradients:
@@ -318,7 +320,7 @@ class MetaTrainer:
 
     def mean_gradient(self) -> Tensor:
         """The rank's part of the mean meta-gradient `[P]`, in memory of its own."""
-        probe = RosterProbe(self.roster, self.phi, self.step, self.autocast)
+        probe = ExtraPasses(self.roster, self.phi, self.step, self.autocast)
         gradient = self.metagrad.mean(probe, self.roster.weights)
         self.tally.counts += probe.counts
         return gradient
@@ -411,7 +413,7 @@ class MetaTrainer:
         """
         if self.k != 0:
             raise UsageError(f"tasks join and leave at a round boundary, and step {self.step} is at k = {self.k}")
-        listed = plan_tasks(tasks, self.method)
+        listed = choose_tasks(tasks, self.method)
         self.blueprint.admit(listed, self.seed)
         self.roster.replace_tasks(listed)
         self.theta.copy_(self.phi)

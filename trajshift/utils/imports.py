@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -38,3 +39,14 @@ def load_object(path: str, role: str) -> Any:
             raise UsageError(f"{role} {path!r}: {module_name!r} has no {part!r}; check the name after the colon")
         found = getattr(found, part)
     return found
+
+
+def need_report_extra() -> None:
+    """Refuse early what could not be finished without the report extra.
+
+    Raises:
+        UsageError: scipy or matplotlib is missing.
+    """
+    for package in ("scipy", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"intervals and figures need {package}: pip install 'trajshift[report]'")

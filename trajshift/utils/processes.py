@@ -5,15 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.reduction import ForkingPickler
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError
-from trajshift.runs.pool import stop_on_signal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ Key = tuple[Any, ...]
 Jobs = dict[Key, Callable[[], Any]]
 
 
-def perform(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
+def run_in_processes(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
     """Results in the order of the jobs; one thread for each process, as all pieces are small.
 
     Raises:
@@ -69,3 +70,25 @@ def _done(job: Callable[[], Any]) -> Any:
     if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
         os._exit(1)
     return job()
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[None]:
+    """SIGTERM ends the wait as SIGINT does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from trajshift.evaluation.comparison import Summary
 
 PLAIN_WIDTH = 160
 """Columns of the output where it is no terminal."""
@@ -34,12 +30,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     if title:
         out.print(f"\n{title}", style="bold", soft_wrap=True)
     out.print(table)
-
-
-def print_summary(summary: Summary, *, tests: bool = True) -> None:
-    """Print methods x targets with intervals, the paired tests, and what the reader must know."""
-    print_table(summary.header(), summary.cells(), summary.title)
-    if tests and any(test.t is not None for test in summary.tests):
-        print_table(summary.test_header(), summary.test_cells(), "paired t-tests over seeds on the average", text=2)
-    for note in summary.notes:
-        console().print(f"note: {note}", soft_wrap=True)

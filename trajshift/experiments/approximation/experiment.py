@@ -9,10 +9,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.cli.commands import need_report_extra
 from trajshift.errors import UsageError
 from trajshift.experiments.approximation.measurement_plan import (
-    Plan,
+    MeasurementPlan,
     Setting,
     chosen_recipe,
     key_of,
@@ -21,10 +20,10 @@ from trajshift.experiments.approximation.measurement_plan import (
 )
 from trajshift.experiments.saved_rows import saved_rows
 from trajshift.recipes.recipe import Recipe, validate
-from trajshift.runs.directory import disk_errors, environment, replace_file
-from trajshift.runs.evaluation_rows import append_row
-from trajshift.runs.pool import cores
-from trajshift.utils.processes import Jobs, perform
+from trajshift.utils.environment import environment
+from trajshift.utils.files import append_row, disk_errors, replace_file
+from trajshift.utils.imports import need_report_extra
+from trajshift.utils.processes import Jobs, cores, run_in_processes
 from trajshift.utils.progress import Progress
 from trajshift.utils.terminal import console
 
@@ -35,7 +34,7 @@ UNITS, SETTINGS = "units.jsonl", "settings.json"
 
 
 def run_experiment(
-    out: Path, recipe: str | None = None, overrides: Sequence[str] = (), *, plan: Plan | None = None
+    out: Path, recipe: str | None = None, overrides: Sequence[str] = (), *, plan: MeasurementPlan | None = None
 ) -> None:
     """Measure every setting of the plan that `out` does not hold yet, then write figures, findings and the page.
 
@@ -43,7 +42,7 @@ def run_experiment(
         UsageError: `out` holds results of other settings, the recipe does not fit, or a worker died.
     """
     need_report_extra()
-    plan = plan or Plan()
+    plan = plan or MeasurementPlan()
     loaded = chosen_recipe(recipe, overrides)
     names = list(networks(loaded))
     with disk_errors(out, option="--out", again="the same command"):
@@ -60,7 +59,7 @@ def run_experiment(
     console().print(f"figures, findings.md and results.json are in {out}, the page is {page}", soft_wrap=True)
 
 
-def _claim(out: Path, recipe: Recipe, plan: Plan, *, begun: bool) -> None:
+def _claim(out: Path, recipe: Recipe, plan: MeasurementPlan, *, begun: bool) -> None:
     """Writes what the folder is for, or refuses one that was begun for something else."""
     said = json.loads(json.dumps({"plan": asdict(plan), "recipe": used_fields(recipe)}))
     if begun and _settings(out / SETTINGS) != said:
@@ -76,14 +75,14 @@ def _settings(file: Path) -> Any:
 
 
 def _measure(
-    out: Path, recipe: Recipe, plan: Plan, missing: Sequence[tuple[Setting, int]], total: int
+    out: Path, recipe: Recipe, plan: MeasurementPlan, missing: Sequence[tuple[Setting, int]], total: int
 ) -> dict[str, dict[str, Any]]:
     """Measures in one process per core; every unit is saved as soon as it is there."""
     text, commit = json.dumps(asdict(recipe)), environment()["commit"]
     jobs: Jobs = {(setting, draw): partial(_measure_one, text, plan, setting, draw) for setting, draw in missing}
     done, units = total - len(missing), {}
     with Progress("approximation error", total, start=done) as progress:
-        for (setting, draw), unit in perform(jobs, max(1, min(cores(), len(missing)))):
+        for (setting, draw), unit in run_in_processes(jobs, max(1, min(cores(), len(missing)))):
             key = key_of(setting, draw)
             units[key] = {"key": key, **asdict(setting), "draw": draw, "commit": commit, **unit}
             append_row(out / UNITS, units[key])
@@ -92,12 +91,12 @@ def _measure(
     return units
 
 
-def _measure_one(recipe: str, plan: Plan, setting: Setting, draw: int) -> dict[str, Any]:
+def _measure_one(recipe: str, plan: MeasurementPlan, setting: Setting, draw: int) -> dict[str, Any]:
     return _laboratory(recipe, plan).measure(setting, draw)
 
 
 @cache
-def _laboratory(recipe: str, plan: Plan) -> Laboratory:
+def _laboratory(recipe: str, plan: MeasurementPlan) -> Laboratory:
     """Kept by each process: tasks are loaded once."""
     from trajshift.experiments.approximation.measure import Laboratory
 

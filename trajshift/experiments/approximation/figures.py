@@ -11,7 +11,7 @@ from trajshift.experiments.approximation.measurement_plan import (
     DISPLACEMENT,
     OPTIMIZERS,
     PRESCRIBED,
-    Plan,
+    MeasurementPlan,
     Setting,
     scale,
 )
@@ -41,7 +41,7 @@ def _line(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: 
 
 
 @styled
-def error_figure(units: Units, plan: Plan, networks: Sequence[str], *, relative: bool) -> Figure:
+def error_figure(units: Units, plan: MeasurementPlan, networks: Sequence[str], *, relative: bool) -> Figure:
     """Figure 3: the error against alpha, beta (after the last k) and k; a row for each inner optimizer."""
     from matplotlib.figure import Figure
 
@@ -83,7 +83,7 @@ def _chosen(one: Measured, relative: bool) -> np.ndarray:
 
 
 @styled
-def order_figure(units: Units, plan: Plan, networks: Sequence[str], checks: Sequence[Check]) -> Figure:
+def order_figure(units: Units, plan: MeasurementPlan, networks: Sequence[str], checks: Sequence[Check]) -> Figure:
     """Error against k for plain SGD at the smallest alpha beside equation 5, and the quadratics' closed form."""
     from matplotlib.figure import Figure
 

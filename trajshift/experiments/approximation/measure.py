@@ -12,16 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajshift.algorithm.meta_gradients import MetaGradient, Probe
-from trajshift.experiments.approximation.measurement_plan import OPTIMIZERS, PRESCRIBED, Plan, Setting, networks
+from trajshift.algorithm.meta_gradients import MetaGradient
+from trajshift.algorithm.protocols import Probe
+from trajshift.experiments.approximation.measurement_plan import (
+    OPTIMIZERS,
+    PRESCRIBED,
+    MeasurementPlan,
+    Setting,
+    networks,
+)
 from trajshift.experiments.approximation.shifts import SHIFTS
-from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.inner_optimizer import Inner
-from trajshift.recipes.build_tasks import build_tasks, model_factory
+from trajshift.recipes.build_tasks import build_tasks
+from trajshift.recipes.build_trainer import model_factory
 from trajshift.recipes.recipe import Recipe
 from trajshift.rng import key, normal
 from trajshift.task import Task
-from trajshift.training.approximation_error import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
 from trajshift.training.trainer import MetaTrainer
 
 POWER_STEPS = 20
@@ -50,7 +58,7 @@ class Prescribed(MetaGradient):
 class Laboratory:
     """Tasks and networks of a recipe; `measure` runs one setting once."""
 
-    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+    def __init__(self, recipe: Recipe, plan: MeasurementPlan) -> None:
         self.recipe = recipe
         self.plan = plan
         self.tasks = build_tasks(recipe)
@@ -61,7 +69,7 @@ class Laboratory:
 
         Numbers that are not finite become None.
         """
-        gauge = Gauge(lambda k: k in self.plan.ks, every_task=True)
+        gauge = ApproximationErrorMeter(lambda k: k in self.plan.ks, every_task=True)
         trainer = self._trainer(setting, draw, gauge, **self._movement(setting, draw))
         trainer.advance()
         curvature = sum(_norm_of_hessian(trainer, row) for row in range(len(self.tasks))) / len(self.tasks)
@@ -93,7 +101,9 @@ class Laboratory:
             before = trainer.phi.clone()
         return torch.stack(shifts)
 
-    def _trainer(self, setting: Setting, draw: int, gauge: Gauge | None, **options: Any) -> MetaTrainer:
+    def _trainer(
+        self, setting: Setting, draw: int, gauge: ApproximationErrorMeter | None, **options: Any
+    ) -> MetaTrainer:
         name, inner = OPTIMIZERS[setting.optimizer]
         return MetaTrainer(
             self._model(self.networks[setting.network]),
@@ -121,7 +131,7 @@ class Laboratory:
 
 def _norm_of_hessian(trainer: MetaTrainer, row: int) -> float:
     """The largest absolute eigenvalue of a task's Hessian on its first batch, by power iteration."""
-    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, None)
+    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
     vector = normal(key(0, "power iteration"), len(trainer.phi), dtype=trainer.phi.dtype)
     size = torch.zeros(())
     with probe.hessian(row) as product:

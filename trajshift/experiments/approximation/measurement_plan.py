@@ -50,7 +50,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class MeasurementPlan:
     """The grids. Alpha and beta are varied one at a time, the other at its middle value."""
 
     alphas: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -92,7 +92,7 @@ class Plan:
         ]  # fmt: skip
 
 
-QUICK = Plan(alphas=(0.003, 0.01), betas=(0.01, 0.03), ks=(2, 5, 10, 20), draws=2)
+QUICK = MeasurementPlan(alphas=(0.003, 0.01), betas=(0.01, 0.03), ks=(2, 5, 10, 20), draws=2)
 """A check of the command, no result."""
 
 

@@ -12,7 +12,13 @@ import numpy as np
 
 from trajshift.evaluation.statistics import Estimate, show
 from trajshift.experiments.approximation.figures import error_figure, order_figure, shift_figure
-from trajshift.experiments.approximation.measurement_plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, scale
+from trajshift.experiments.approximation.measurement_plan import (
+    DISPLACEMENT,
+    PRESCRIBED,
+    MeasurementPlan,
+    Setting,
+    scale,
+)
 from trajshift.experiments.approximation.summary import (
     FIRST_K,
     SLOPE_K,
@@ -30,17 +36,18 @@ from trajshift.experiments.tables import LEVEL, Table
 from trajshift.recipes.recipe import Recipe
 from trajshift.report.figures import save
 from trajshift.report.page import Page
-from trajshift.runs.directory import environment, replace_file
+from trajshift.utils.environment import environment
+from trajshift.utils.files import replace_file
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check
 
 
-def write_results(out: Path, units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) -> Path:
+def write_results(out: Path, units: Units, plan: MeasurementPlan, recipe: Recipe, networks: Sequence[str]) -> Path:
     """Writes everything into `out`; returns the page."""
-    from trajshift.experiments.approximation.quadratic import check
+    from trajshift.experiments.approximation.quadratic import closed_form_check
 
-    checks = [check(momentum=momentum) for momentum in (0.0, 0.9)]
+    checks = [closed_form_check(momentum=momentum) for momentum in (0.0, 0.9)]
     fitted, compared = slopes(units, plan, networks), comparisons(units, plan, networks)
     table = [measured(units, setting, plan) for setting in plan.settings(networks)]
     figures = {
@@ -75,7 +82,7 @@ def _row(one: Measured) -> dict[str, object]:
     return {**asdict(one.setting), "curvature": one.curvature, **numbers}
 
 
-def _about(units: Units, plan: Plan, recipe: Recipe, networks: Sequence[str]) -> str:
+def _about(units: Units, plan: MeasurementPlan, recipe: Recipe, networks: Sequence[str]) -> str:
     """What was run, in a sentence or two."""
     tasks = ", ".join(recipe.source_tasks())
     options = f" {recipe.model.options}" if recipe.model.options else ""
@@ -96,7 +103,7 @@ def _findings(
     fitted: Sequence[Slope],
     compared: Sequence[Comparison],
     checks: Sequence[Check],
-    plan: Plan,
+    plan: MeasurementPlan,
 ) -> list[str]:
     """One sentence a finding, every number from this run."""
     said = [_size(table, plan)]
@@ -116,14 +123,14 @@ def _findings(
     return said
 
 
-def _middle(table: Sequence[Measured], plan: Plan, optimizer: str, network: str) -> Measured:
+def _middle(table: Sequence[Measured], plan: MeasurementPlan, optimizer: str, network: str) -> Measured:
     point = Setting(
         network=network, optimizer=optimizer, shifts=DISPLACEMENT, alpha=plan.alpha * scale(optimizer), beta=plan.beta
     )
     return next(one for one in table if one.setting == point)
 
 
-def _size(table: Sequence[Measured], plan: Plan) -> str:
+def _size(table: Sequence[Measured], plan: MeasurementPlan) -> str:
     networks = dict.fromkeys(one.setting.network for one in table)
     optimizers = dict.fromkeys(one.setting.optimizer for one in table)
     parts = [
@@ -137,7 +144,7 @@ def _size(table: Sequence[Measured], plan: Plan) -> str:
     )
 
 
-def _kinks(table: Sequence[Measured], networks: Sequence[str], plan: Plan) -> str:
+def _kinks(table: Sequence[Measured], networks: Sequence[str], plan: MeasurementPlan) -> str:
     """Whether kinks add error, by what the interval of each optimizer says."""
     kinked, smooth = networks
     found: dict[str, list[str]] = {}
@@ -175,7 +182,7 @@ def _power(slope: Slope) -> str:
     return f"{slope.variable}^{show(slope.measured, 2)}"
 
 
-def _better(compared: Sequence[Comparison], plan: Plan) -> list[str]:
+def _better(compared: Sequence[Comparison], plan: MeasurementPlan) -> list[str]:
     return [
         f"Against the identity shift, along the same shifts of phi (momentum, beta {plan.shift_beta:g}), {network}: "
         f"lower error (p < 0.05 after Holm's correction) for {_shown(compared, network, lower=True)}; higher for "
@@ -223,7 +230,7 @@ def _slope_table(fitted: Sequence[Slope]) -> Table:
     return Table(["network", "inner optimizer", "shifts", *variables], list(rows.values()), _SLOPES)
 
 
-def _shift_table(compared: Sequence[Comparison], plan: Plan) -> Table:
+def _shift_table(compared: Sequence[Comparison], plan: MeasurementPlan) -> Table:
     ks = list(dict.fromkeys(one.k for one in compared))
     rows: dict[tuple[str, str], list[str]] = {}
     for one in compared:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trajshift.learners.inner_optimizer import Inner
 from trajshift.task import Task
-from trajshift.training.approximation_error import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
 from trajshift.training.trainer import MetaTrainer
 
 DIMENSION, TASKS = 6, 3
@@ -56,14 +56,16 @@ class _Point(nn.Module):
         self.theta = nn.Parameter(torch.randn(DIMENSION, dtype=torch.float64))
 
 
-def check(*, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: int = 200, seed: int = 0) -> Check:
+def closed_form_check(
+    *, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: int = 200, seed: int = 0
+) -> Check:
     """Runs trajectory shifting on random quadratics with a gauge, and the closed form on the shifts it made."""
     generator = np.random.default_rng(seed)
     root = generator.standard_normal((TASKS, DIMENSION, DIMENSION))
     matrices = root @ root.transpose(0, 2, 1) / DIMENSION + 0.2 * np.eye(DIMENSION)
     centres = generator.standard_normal((TASKS, DIMENSION))
     ks = np.unique(np.geomspace(2, horizon, POINTS).round().astype(int))
-    gauge = Gauge(lambda k: k in ks, every_task=True)
+    gauge = ApproximationErrorMeter(lambda k: k in ks, every_task=True)
     trainer = MetaTrainer(
         lambda task: _Point(), [_task(t, matrices[t], centres[t]) for t in range(TASKS)], "trajectory-shifting",
         horizon=horizon, rounds=1, meta_lr=beta, inner=Inner(lr=alpha, options={"momentum": momentum}),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trajshift.algorithm.carries import Carry
 from trajshift.errors import UsageError
-from trajshift.learners.extra_passes import RosterProbe
+from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.learner import Learner
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def rate(trainer: MetaTrainer) -> float:
 
 def curvature(trainer: MetaTrainer, learner: Learner, direction: Tensor) -> Tensor:
     """H times a direction `[P]`, on the learner's last training batch; two gradient evaluations, counted."""
-    probe = RosterProbe(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
+    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
     with probe.hessian(learner.row) as product:
         curved = product(direction)
     trainer.tally.counts.update(probe.counts)

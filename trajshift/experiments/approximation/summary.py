@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from trajshift.evaluation.statistics import Estimate, holm, interval, paired_test
-from trajshift.experiments.approximation.measurement_plan import DISPLACEMENT, PRESCRIBED, Plan, Setting, key_of, scale
+from trajshift.experiments.approximation.measurement_plan import (
+    DISPLACEMENT,
+    PRESCRIBED,
+    MeasurementPlan,
+    Setting,
+    key_of,
+    scale,
+)
 
 SMALL = 0.1
 """Equation 5 wants alpha h k far below 1: slopes that it predicts are fitted where it is at most this."""
@@ -42,7 +49,7 @@ class Measured:
     """Norm of the Hessian at the start, the mean over draws."""
 
 
-def measured(units: Units, setting: Setting, plan: Plan) -> Measured:
+def measured(units: Units, setting: Setting, plan: MeasurementPlan) -> Measured:
     """Puts the readings of a setting together."""
     errors, relatives, curvatures = [], [], []
     for draw in range(plan.draws):
@@ -87,7 +94,7 @@ class Slope:
     """Where it was fitted."""
 
 
-def slopes(units: Units, plan: Plan, networks: Sequence[str]) -> list[Slope]:
+def slopes(units: Units, plan: MeasurementPlan, networks: Sequence[str]) -> list[Slope]:
     """Fitted exponents for every network, optimizer and kind of shifts.
 
     In k at the smallest alpha of the plan, in alpha and beta at k = `SLOPE_K`, all where alpha h k is at most `SMALL`.
@@ -118,20 +125,22 @@ def slopes(units: Units, plan: Plan, networks: Sequence[str]) -> list[Slope]:
     return found
 
 
-def _along_k(units: Units, setting: Setting, plan: Plan, places: Sequence[int]) -> tuple[list[float], list[np.ndarray]]:
+def _along_k(
+    units: Units, setting: Setting, plan: MeasurementPlan, places: Sequence[int]
+) -> tuple[list[float], list[np.ndarray]]:
     """k and the errors of all draws there."""
     error = measured(units, setting, plan).error
     return [float(plan.ks[place]) for place in places], [error[:, place] for place in places]
 
 
 def _along(
-    units: Units, middle: Setting, plan: Plan, variable: str, values: Sequence[float], at: int
+    units: Units, middle: Setting, plan: MeasurementPlan, variable: str, values: Sequence[float], at: int
 ) -> tuple[list[float], list[np.ndarray]]:
     """Values of alpha or beta and the errors of all draws there, after `plan.ks[at]` steps."""
     return list(values), [measured(units, varied(middle, variable, value), plan).error[:, at] for value in values]
 
 
-def _middles(plan: Plan, networks: Sequence[str]) -> list[Setting]:
+def _middles(plan: MeasurementPlan, networks: Sequence[str]) -> list[Setting]:
     """The setting at the middle of both grids, for each line of the figure."""
     return [
         point
@@ -162,7 +171,7 @@ class Comparison:
     """Paired t-test of the logarithms, corrected by Holm over all comparisons."""
 
 
-def comparisons(units: Units, plan: Plan, networks: Sequence[str]) -> list[Comparison]:
+def comparisons(units: Units, plan: MeasurementPlan, networks: Sequence[str]) -> list[Comparison]:
     """All carries against `shift` at every k after the first Hessian-vector product."""
     found = []
     for network in networks:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trajshift.cli.commands import need_report_extra
 from trajshift.errors import UsageError
 from trajshift.experiments.images.catalogue import EXPERIMENTS, SCALES, Arms
 from trajshift.experiments.images.tuned_rates import Tuned, read_tuned
 from trajshift.recipes.recipe import Recipe, load, split_override
 from trajshift.recipes.sections import at_least
-from trajshift.runs.directory import disk_errors
+from trajshift.report.terminal_summary import print_summary
 from trajshift.runs.evaluation_rows import collect
-from trajshift.runs.pool import Job, cores, run_jobs
-from trajshift.utils.terminal import console, print_summary
+from trajshift.runs.pool import Job, run_jobs
+from trajshift.utils.files import disk_errors
+from trajshift.utils.imports import need_report_extra
+from trajshift.utils.processes import cores
+from trajshift.utils.terminal import console
 
 _DECIDED = {"seed": "--seeds N", "output.directory": "--out DIR", "output.name": "--out DIR"}
 """Fields that an option decides."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from trajshift.experiments.landscape.experiment import Results
+    from trajshift.experiments.landscape.results import Results
 
 _MINIMA = ((3.0, 2.0), (-2.805118, 3.131313), (-3.779310, -3.283186), (3.584428, -1.848127))
 _RED = "#D55E00"

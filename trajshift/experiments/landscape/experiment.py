@@ -9,55 +9,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from trajshift.cli.commands import need_report_extra
 from trajshift.experiments.landscape import measure
 from trajshift.experiments.landscape.measure import METHODS, End, Settings
-from trajshift.experiments.landscape.resting import Optima
-from trajshift.experiments.landscape.vectorized_loop import Run
-from trajshift.runs.directory import disk_errors, environment, replace_file
-from trajshift.utils.processes import Jobs, Key, perform
+from trajshift.experiments.landscape.results import Results
+from trajshift.utils.environment import environment
+from trajshift.utils.files import disk_errors, replace_file
+from trajshift.utils.imports import need_report_extra
+from trajshift.utils.processes import Jobs, Key, run_in_processes
 from trajshift.utils.progress import Progress, duration
 
 UNITS = ("meta-updates", "inner steps")
 PUBLISHED = ("trajectory-shifting", "accurate", "no-shifting", "random-shifting", "reptile")
 DRAWN = ("trajectory-shifting", "accurate", "reptile")
 _SETS_A_JOB = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Results:
-    """All that is drawn and told."""
-
-    settings: Settings
-    ends: dict[str, dict[str, End]]
-    """Unit of the budget -> method -> all random sets."""
-    yardsticks: Tensor
-    """`[2, S]`, good and worst quality in each random set."""
-    published: dict[str, End]
-    """Method -> the published tasks from the fine grid."""
-    published_yardstick: Tensor
-    """`[2, 1]`."""
-    bias: Tensor
-    """`[bias_sets, K+1]`."""
-    bias_published: Tensor
-    """`[K+1]`."""
-    optima: dict[int, Optima]
-    """k -> the published tasks."""
-    clusters: dict[int, list[int]]
-    """k -> number of clusters in each random set."""
-    runs: dict[str, Run]
-    """Method -> from the fixed starts on the published tasks."""
-    contour: Tensor
-    """`[side, side]`."""
 
 
 def run_experiment(out: Path, *, study: bool = False, settings: Settings | None = None) -> None:
@@ -90,7 +62,7 @@ def measured(settings: Settings) -> Results:
     jobs = _jobs(settings)
     done: dict[Key, Any] = {}
     with Progress("landscape", len(jobs)) as progress:
-        for key, value in perform(jobs, settings.processes):
+        for key, value in run_in_processes(jobs, settings.processes):
             done[key] = value
             progress.update(len(done), note=" ".join(map(str, key)))
 

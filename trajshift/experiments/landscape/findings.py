@@ -21,7 +21,7 @@ from trajshift.experiments.landscape.summary import (
 from trajshift.experiments.tables import Table, show_p
 
 if TYPE_CHECKING:
-    from trajshift.experiments.landscape.experiment import Results
+    from trajshift.experiments.landscape.results import Results
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 BIAS_AT = (5, 10, 25, 50)

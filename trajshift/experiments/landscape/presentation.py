@@ -11,7 +11,7 @@ from trajshift.report.figures import save
 from trajshift.report.page import Page
 
 if TYPE_CHECKING:
-    from trajshift.experiments.landscape.experiment import Results
+    from trajshift.experiments.landscape.results import Results
 
 
 def page(results: Results, found: Findings, folder: Path) -> str:

@@ -10,59 +10,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trajshift.algorithm.methods import resolve
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape.himmelblau import grid
-from trajshift.experiments.landscape.measure import METHODS, Limit, Settings, finish, random_sets, yardstick
+from trajshift.experiments.landscape.measure import METHODS, Limit, finish, random_sets, yardstick
+from trajshift.experiments.landscape.study_settings import Row, StudySettings, key_of, limit_of
 from trajshift.experiments.saved_rows import saved_rows
-from trajshift.runs.evaluation_rows import append_row
-from trajshift.utils.processes import Jobs, Key, perform
+from trajshift.utils.files import append_row
+from trajshift.utils.processes import Jobs, Key, run_in_processes
 from trajshift.utils.progress import Progress, duration
 
 FILE = "study.jsonl"
 _WIDEST = 12
 """Thirds of a decade that meta_lr may lie from 1."""
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudySettings:
-    """Sizes of the study."""
-
-    settings: Settings = field(default_factory=Settings)
-    """Of a run; its meta_lr is where tuning begins."""
-    tuning_seeds: tuple[int, ...] = tuple(range(1000, 1008))
-    """Sets of tasks that meta_lr is chosen on."""
-    tuning_side: int = 11
-    """Starts on a side of their grid."""
-    long: int = 100
-    """The long budget over the short one."""
-
-    def limits(self) -> tuple[Limit, ...]:
-        """The budgets compared."""
-        short = self.settings.updates
-        return Limit("meta-updates", short), Limit("inner steps", short), Limit("inner steps", self.long * short)
-
-
-def limit_of(method: str, limit: Limit, settings: Settings) -> Limit:
-    """The same budget in meta-updates, where that is exact: only replays make inner steps uneven."""
-    chosen = resolve(method, horizon=settings.horizon)
-    if limit.unit == "meta-updates" or chosen.carry == "replay":
-        return limit
-    return Limit("meta-updates", limit.amount // (chosen.meta_every or 1))
-
-
-def key_of(phase: str, method: str, limit: Limit, *seed: int) -> Key:
-    """What a row is a result for."""
-    return (phase, method, limit.unit, limit.amount, *seed)
 
 
 def run_study(out: Path, *, study: StudySettings | None = None) -> None:
@@ -98,7 +63,7 @@ def _complete(file: Path, saved: dict[Key, Row], jobs: Jobs, processes: int, pro
     """The rows of these jobs, saved ones where there are; the others are added to the file."""
     rows = {key: saved[key] for key in jobs if key in saved}
     progress.update(progress.step + len(rows))
-    for key, row in perform({key: job for key, job in jobs.items() if key not in saved}, processes):
+    for key, row in run_in_processes({key: job for key, job in jobs.items() if key not in saved}, processes):
         append_row(file, {"key": list(key)} | row)
         rows[key] = row
         progress.update(progress.step + 1, note=" ".join(map(str, key)))

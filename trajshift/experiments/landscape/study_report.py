@@ -12,11 +12,12 @@ import numpy as np
 from trajshift.evaluation.statistics import PairedTest, show
 from trajshift.experiments.landscape.drawing import distribution_figure
 from trajshift.experiments.landscape.measure import METHODS, Limit, yardsticks
-from trajshift.experiments.landscape.study import Row, StudySettings, key_of, limit_of
+from trajshift.experiments.landscape.study_settings import Row, StudySettings, key_of, limit_of
 from trajshift.experiments.landscape.summary import Comparison, compared
 from trajshift.experiments.tables import Table, show_p
 from trajshift.report.figures import save
-from trajshift.runs.directory import environment, replace_file
+from trajshift.utils.environment import environment
+from trajshift.utils.files import replace_file
 from trajshift.utils.processes import Key
 
 Rows = Mapping[Key, Row]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from trajshift.algorithm import meta_gradients as metagrads
-from trajshift.algorithm.conjugate_gradient import Hessian
 from trajshift.algorithm.methods import Method, resolve
+from trajshift.algorithm.protocols import Hessian
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape import himmelblau
 from trajshift.experiments.landscape.himmelblau import DOMAIN, Landscape, as_points
@@ -116,7 +116,7 @@ def updates(
     bad = int((~torch.isfinite(first)).any(-1).sum())
     if bad:
         raise UsageError(f"{bad} of {first[..., 0].numel()} starts are not finite; leave them out")
-    metagrad = metagrads.build(chosen.metagrad, chosen.batch, metagrad_options or {})
+    metagrad = metagrads.build_meta_gradient(chosen.metagrad, chosen.batch, metagrad_options or {})
     rates = _Rates(inner_lr, meta_lr, momentum)
     return _Twin(tasks or himmelblau.tasks(), first, chosen, metagrad, rates, seed).run(horizon, rounds)
 

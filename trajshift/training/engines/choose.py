@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trajshift.algorithm.methods import ENGINES
 from trajshift.errors import UsageError, nearest
+from trajshift.settings import ENGINES
 from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel

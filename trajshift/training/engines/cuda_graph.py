@@ -25,7 +25,7 @@ from trajshift.data.sources import ArraySource, MappedSource, as_source
 from trajshift.errors import UsageError
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
-from trajshift.training.meta_optimizer import PlainStep
+from trajshift.training.meta_optimizer import PlainMetaStep
 
 if TYPE_CHECKING:
     from trajshift.training.trainer import MetaTrainer
@@ -311,7 +311,7 @@ class Graph(Engine):
             losses = []
             for row, (learner, feed) in enumerate(zip(trainer.learners, self._feeds, strict=True)):
                 with self._recorder.lane(row):
-                    losses.append(trainer.follow_gradient(learner, feed.batch(clock), lr=clock.lr, ends=due))
+                    losses.append(trainer.inner_update(learner, feed.batch(clock), lr=clock.lr, ends=due))
             self._recorder.join()
             torch.stack(losses, out=self._losses)
             trainer.observe(self._losses, clock.step)
@@ -338,9 +338,9 @@ def _transform(transform: object) -> ImageTransform | None:
 
 def _recordable(trainer: MetaTrainer) -> bool:
     """Whether the inner optimizer reads its learning rate on the device, and the meta-optimizer none at all."""
-    probe = trainer.inner.build([torch.nn.Parameter(torch.zeros(1, device=trainer.device))])
+    probe = trainer.inner.build_optimizer([torch.nn.Parameter(torch.zeros(1, device=trainer.device))])
     fused = isinstance(probe, torch.optim.SGD) and all(group["fused"] for group in probe.param_groups)
-    return fused and (trainer.method.joint or isinstance(trainer.outer, PlainStep))
+    return fused and (trainer.method.joint or isinstance(trainer.outer, PlainMetaStep))
 
 
 def _addresses(trainer: MetaTrainer) -> tuple[int, ...]:

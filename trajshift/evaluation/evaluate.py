@@ -1,0 +1,81 @@
+"""Fine-tuning many targets from many initializations, a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trajshift.errors import NonFiniteLoss
+from trajshift.evaluation.comparison import FINAL, SCRATCH, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trajshift.task import Task
+
+ProgressCallback = Callable[[int, int, str], None]
+"""Called with fine-tunings done, their number, and what the next one is."""
+
+
+def evaluate(
+    initializations: Mapping[str, Mapping[int, Mapping[str, Tensor] | None]],
+    targets: Sequence[Task] | Mapping[str, Task],
+    *,
+    train_images: Sequence[int | None] = (None,),
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> list[Row]:
+    """Fine-tunes every target from every initialization; rows for `comparison.summary_table`.
+
+    Args:
+        initializations: method -> seed -> phi, None for scratch. The seed also decides head, batches and
+            subset.
+        targets: tasks with test examples.
+        train_images: numbers of training images, None for all.
+        progress: called before each fine-tuning.
+        options: further arguments of `finetune`, such as model and steps.
+    """
+    tasks = list(targets.values()) if isinstance(targets, Mapping) else list(targets)
+    jobs = [
+        (label, seed, phi, task, images)
+        for label, by_seed in initializations.items()
+        for seed, phi in by_seed.items()
+        for task in tasks
+        for images in train_images
+    ]
+    rows = []
+    for done, (label, seed, phi, task, images) in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs), f"{label} seed {seed} on {task.name}")
+        start = FINAL if phi is not None else SCRATCH
+        about = getattr(phi, "about", {})
+        base = {"checkpoint": start, "inner_steps": about.get("step", 0), "method": label, "label": label}
+        rows.append(finetuned_row(base | {"seed": seed}, phi, task, images, options))
+    return rows
+
+
+def finetuned_row(
+    base: Row,
+    phi: Mapping[str, Tensor] | None,
+    task: Task,
+    train_images: int | None,
+    options: Mapping[str, Any],
+) -> Row:
+    """One fine-tuning as a row; a loss that is not finite is a result too, and said as `error`."""
+    from trajshift.evaluation.finetuning import finetune, training_images
+    from trajshift.task import untested
+
+    if task.test is None:
+        raise untested(task.name)
+    row = {
+        **base,
+        "target": task.name,
+        "train_images": train_images,
+        "images": training_images(task, train_images),
+        "steps": options.get("steps", 1000),
+    }
+    try:
+        tuned = finetune(phi, task, seed=base["seed"], train_images=train_images, **options)
+    except NonFiniteLoss as error:
+        return {**row, "error": str(error)}
+    return {**row, **tuned.metrics}

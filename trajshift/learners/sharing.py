@@ -1,0 +1,148 @@
+"""Which parameters the tasks share, by rule, and which are heads: found by building the model once for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from trajshift.errors import UsageError
+from trajshift.learners.initialization import tensor_names
+from trajshift.learners.modules import Factory, faster_channels_last, fresh_module, head_key, phi_key, to_channels_last
+from trajshift.learners.parameter_matrix import Layout
+from trajshift.task import Task
+
+_USUAL_HEADS = ("fc", "head", "heads", "classifier")
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """What all learners have in common, found by building the model once for every task."""
+
+    factory: Factory
+    layout: Layout
+    heads: tuple[str, ...]
+    phi: Tensor
+    """The first phi `[P]`, on the CPU."""
+    frozen: dict[str, Tensor]
+    """Frozen parameters with the same shape in all tasks: they exist once."""
+    channels_last: bool
+    """Whether the factory's modules keep their convolutions' weights channels-last."""
+    names: frozenset[str]
+    """Of all parameters and buffers of the first task's model."""
+
+    @classmethod
+    def inspect(
+        cls,
+        factory: Factory,
+        tasks: Sequence[Task],
+        head: str | Sequence[str] | None,
+        rule: Sequence[str] | None,
+        seed: int,
+        channels_last: bool | None = None,
+    ) -> Blueprint:
+        """Builds the model for each task, decides what is shared and draws the first phi.
+
+        Raises:
+            UsageError: no head can be found, or the sharing rule does not fit.
+        """
+        first = fresh_module(factory, tasks[0], phi_key(seed))
+        if channels_last is None:
+            channels_last = faster_channels_last(first)
+        if channels_last:
+            made = factory
+            factory, first = lambda task: to_channels_last(made(task)), to_channels_last(first)
+        heads = find_heads(first, head, rule)
+        frozen = {name: p.data for name, p in first.named_parameters() if not p.requires_grad}
+        trainable: dict[str, dict[str, tuple[int, ...]]] = {}
+        for task in tasks:
+            named = dict(fresh_module(factory, task, head_key(seed, task.name)).named_parameters())
+            trainable[task.name] = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad}
+            frozen = {n: f for n, f in frozen.items() if n in named and named[n].shape == f.shape}
+        parameters = dict(first.named_parameters())
+        shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
+        layout = Layout(shared)
+        phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
+        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first))
+
+    def admit(self, tasks: Sequence[Task], seed: int) -> None:
+        """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
+        for task in tasks:
+            named = dict(fresh_module(self.factory, task, head_key(seed, task.name)).named_parameters())
+            for entry in self.layout.entries:
+                shape = tuple(named[entry.name].shape) if entry.name in named else "missing"
+                if shape != entry.shape:
+                    raise UsageError(
+                        f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there, "
+                        f"{entry.shape} in this run"
+                    )
+
+
+def find_heads(module: nn.Module, head: str | Sequence[str] | None, rule: Sequence[str] | None) -> tuple[str, ...]:
+    """Dotted names of the heads: those given, else the usual one there is; none where a sharing rule does without.
+
+    Raises:
+        UsageError: a head that the model does not have, or none that can be told.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if head is None:
+        children = {name for name, _ in module.named_children()}
+        found = tuple(name for name in _USUAL_HEADS if name in children)
+        if len(found) != 1 and rule is None:
+            which = " and ".join(repr(name) for name in found) or "none of " + ", ".join(map(repr, _USUAL_HEADS))
+            raise UsageError(f"cannot tell which part of the model is the head (found {which}); name it with head=")
+        return found
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    for one in heads:
+        if not any(is_in_head(name, (one,)) for name in names):
+            raise UsageError(
+                f"the model has no head named {one!r}; its parts are {sorted({n.split('.')[0] for n in names})}"
+            )
+    return heads
+
+
+def shared_names(
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    heads: Sequence[str],
+    rule: Sequence[str] | None,
+) -> list[str]:
+    """Names of the shared parameters, in the first task's order.
+
+    Without a rule: every trainable parameter with the same name and shape in all tasks, minus the heads.
+    With one: every trainable parameter that a shell-style pattern (`*.adapter.*`) matches.
+
+    Args:
+        shapes: for each task the shapes of its trainable parameters by name.
+        heads: dotted prefixes of the heads.
+        rule: name patterns, or None.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or a named parameter missing or of unequal shape in a task.
+    """
+    first_task, first = next(iter(shapes.items()))
+    if rule is None:
+        return [
+            name
+            for name, shape in first.items()
+            if not is_in_head(name, heads) and all(other.get(name) == shape for other in shapes.values())
+        ]
+    for pattern in rule:
+        if not any(fnmatchcase(name, pattern) for name in first):
+            raise UsageError(f"sharing pattern {pattern!r} matches no trainable parameter of task {first_task!r}")
+    chosen = [name for name in first if any(fnmatchcase(name, pattern) for pattern in rule)]
+    for task, other in shapes.items():
+        for name in chosen:
+            if other.get(name) != first[name]:
+                raise UsageError(
+                    f"parameter {name!r} cannot be shared: its shape is {first[name]} in task {first_task!r} "
+                    f"and {other.get(name, 'missing')} in task {task!r}; take it out of the sharing rule"
+                )
+    return chosen
+
+
+def is_in_head(name: str, heads: Sequence[str]) -> bool:
+    """Whether a dotted parameter name lies in one of the heads."""
+    return any(name == head or name.startswith(head + ".") for head in heads)

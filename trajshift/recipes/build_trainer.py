@@ -1,0 +1,197 @@
+"""From a recipe to its model, its trainer and its fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from trajshift import models
+from trajshift.algorithm.carries import Carry
+from trajshift.data.batches import TaskBatches
+from trajshift.errors import UsageError
+from trajshift.learners.initialization import is_statistic
+from trajshift.learners.inner_optimizer import Inner
+from trajshift.learners.modules import Factory, fresh_module, head_key
+from trajshift.learners.pretrained import load_start
+from trajshift.learners.sharing import is_in_head
+from trajshift.recipes.build_tasks import build_tasks
+from trajshift.recipes.recipe import Recipe
+from trajshift.rng import seeded
+from trajshift.task import Task
+from trajshift.training.approximation_error import ApproximationErrorMeter
+from trajshift.training.trainer import MetaTrainer
+from trajshift.utils.imports import load_object
+
+
+def build_trainer(recipe: Recipe) -> MetaTrainer:
+    """The trainer of a recipe at step 0, its data loaded.
+
+    Raises:
+        UsageError: whatever does not fit, in one sentence.
+    """
+    tasks = build_tasks(recipe)
+    inner = recipe.inner
+    start = None if recipe.initialization is None else load_start(recipe.initialization)
+    model = model_factory(recipe)
+    check_fit(model, tasks, recipe)
+    return MetaTrainer(
+        model,
+        tasks,
+        recipe.method,
+        horizon=recipe.horizon,
+        rounds=recipe.rounds,
+        meta_lr=recipe.meta_lr,
+        meta_every=recipe.meta_every,
+        carry=_carry(recipe.carry),
+        adapt=recipe.adapt,
+        metagrad=recipe.metagrad,
+        batch=recipe.batch,
+        metagrad_options=recipe.metagrad_options,
+        inner=Inner(
+            optimizer=inner.optimizer,
+            lr=inner.lr,
+            options=inner.options or {},
+            schedule=inner.schedule,
+            milestones=inner.milestones,
+            factor=inner.factor,
+            flat=inner.flat,
+        ),
+        meta_optimizer=recipe.meta.optimizer,
+        meta_options=recipe.meta.options,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        head=recipe.head,
+        shared=[recipe.shared] if isinstance(recipe.shared, str) else recipe.shared,
+        renew=recipe.renew,
+        tasks_per_round=recipe.tasks_per_round,
+        initialization=start,
+        heldout=recipe.heldout,
+        workers=recipe.workers,
+        device=device(recipe.device),
+        grad_clip=recipe.grad_clip,
+        autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
+        channels_last=recipe.channels_last,
+        overlap=recipe.overlap,
+        engine=recipe.engine,
+        gauge=None
+        if recipe.output.error_every is None
+        else ApproximationErrorMeter.every(recipe.output.error_every, recipe.horizon),
+    )
+
+
+def _carry(name: str | None) -> str | Carry | None:
+    """A carry by name, or made by the user's own function or class.
+
+    Raises:
+        UsageError: what an import path names makes no `Carry`.
+    """
+    if name is None or ":" not in name:
+        return name
+    try:
+        made = load_object(name, "carry")()
+    except TypeError as error:
+        raise UsageError(f"carry {name!r} could not be called without arguments: {error}") from error
+    if not isinstance(made, Carry):
+        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.algorithm.carries.Carry")
+    return made
+
+
+def device(name: str) -> torch.device:
+    """The torch device of a name.
+
+    Raises:
+        UsageError: no such device, or not on this machine.
+    """
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; try device=cpu"
+        ) from None
+    return found
+
+
+def refuse_absent_device(name: str) -> None:
+    """As `device`, but takes no memory of a GPU that is there.
+
+    Raises:
+        UsageError: no such device, or not on this machine.
+    """
+    if not (name.startswith("cuda") and torch.cuda.is_available()):
+        device(name)
+
+
+def model_factory(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Factory:
+    """The factory `model(task) -> module` of a recipe; `options` are put in over its own."""
+
+    def model(task: Task) -> nn.Module:
+        return models.build_model(recipe.model.name, task, **recipe.model.options, **(options or {}))
+
+    return model
+
+
+def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
+    """Refuse tasks whose examples the model cannot take; one task for each shape of example is tried.
+
+    Raises:
+        UsageError: names the task, the shape and torch's reason.
+    """
+    tried: set[tuple[int, ...] | None] = set()
+    for name, task in tasks.items():
+        if task.input_shape in tried and task.input_shape is not None:
+            continue
+        tried.add(task.input_shape)
+        module = fresh_module(model, task, head_key(recipe.seed, name)).eval()
+        batch = TaskBatches(replace(task, batch_size=2), seed=recipe.seed, batch_size=2).train(0)
+        try:
+            with torch.no_grad(), seeded(0, torch.device("cpu")):
+                task.compute_loss(module, batch)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            shape = "" if task.input_shape is None else f" of shape {list(task.input_shape)}"
+            raise UsageError(
+                f"the examples of task {name!r}{shape} do not fit model {recipe.model.name!r}: "
+                f"{str(error).splitlines()[0]}; set data.size and data.channels, or use another model"
+            ) from error
+
+
+def unshared(trainer: MetaTrainer) -> list[str]:
+    """Trainable parameters of the first task's model outside the head that are not shared with all tasks.
+
+    Images of unequal channels make the first layer such a one, which is seldom wanted.
+    """
+    task = next(iter(trainer.roster.tasks.values()))
+    module = fresh_module(trainer.blueprint.factory, task, head_key(trainer.seed, task.name))
+    heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [name for name in names if name not in shared and not is_in_head(name, heads)]
+
+
+def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
+    """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
+    if recipe.initialization is None:
+        return None
+    shared = {entry.name for entry in trainer.layout.entries}
+    start = load_start(recipe.initialization)
+    left = [name for name in start if name not in shared]
+    statistics = [name for name in left if is_statistic(name)]
+    rest = [name for name in left if not is_statistic(name)]
+    parts = [f"not used: {', '.join(rest)}"] if rest else []
+    parts += [f"{len(statistics)} BatchNorm statistics, which belong to tasks"] if statistics else []
+    return "; ".join([f"phi starts from {recipe.initialization}: {len(start) - len(left)} parameters", *parts])
+
+
+def finetune_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's arguments for `finetune.finetune`, its seed included."""
+    return {
+        **asdict(recipe.finetune),
+        "model": model_factory(recipe),
+        "head": recipe.head,
+        "device": device(recipe.device),
+        "workers": recipe.workers,
+        "seed": recipe.seed,
+    }

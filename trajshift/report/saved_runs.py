@@ -1,0 +1,80 @@
+"""What run directories hold, read for the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trajshift.errors import UsageError
+from trajshift.evaluation.comparison import Row
+from trajshift.recipes.recipe import Recipe, load
+from trajshift.runs.evaluation_rows import distinct, labels_of
+from trajshift.utils.files import read_jsonl
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one run directory holds."""
+
+    path: Path
+    label: str
+    recipe: Recipe
+    metrics: list[Row]
+    timing: list[Row]
+    environment: dict[str, Any]
+    choices: dict[str, Any]
+    """What the recipe left open and the trainer resolved."""
+
+    @property
+    def last(self) -> Row:
+        """The last row of metrics; empty for a run that logged nothing."""
+        return self.metrics[-1] if self.metrics else {}
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of training, where it was written."""
+        return float(self.timing[-1]["seconds"]) if self.timing and "seconds" in self.timing[-1] else None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Reads the run directories; every file but the recipe may be missing."""
+    recipes = {path: load(path) for path in distinct(paths)}
+    labels = labels_of(recipes)
+    return [
+        Run(
+            path=path,
+            label=labels[path],
+            recipe=recipe,
+            metrics=read_jsonl(path / "metrics.jsonl", {"step": int, "inner_steps": int, "tasks": dict}),
+            timing=read_jsonl(path / "timing.jsonl"),
+            environment=_read_json(path / "environment.json"),
+            choices=_read_json(path / "choices.json"),
+        )
+        for path, recipe in recipes.items()
+    ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); delete it to go without") from None
+    return content if isinstance(content, dict) else {}
+
+
+def task_names(run: Run) -> list[str]:
+    """The tasks that the run was meta-trained on last."""
+    return list(run.last.get("tasks") or run.recipe.source_tasks())
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each label, in their order."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups

@@ -1,0 +1,99 @@
+"""Files: atomic writes, rows of JSON, what a full disk says; torch-free."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from trajshift.errors import UsageError
+
+
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Adds one row; a half-written last line left by a crash is cut off first."""
+    with open(file, "ab+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # two commands may fine-tune from one run; released when closed
+        stream.seek(0)
+        whole = stream.read().rfind(b"\n") + 1
+        stream.truncate(whole)
+        stream.write((json.dumps(row) + "\n").encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a .jsonl file; a half-written last line is left out, a missing file has none."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from None
+    return rows
+
+
+def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """The whole rows of a .jsonl file.
+
+    Args:
+        file: one mapping in a line.
+        fields: what every row must have: field -> type, or a tuple of types.
+
+    Raises:
+        UsageError: the file is damaged; says where, and how to go on.
+    """
+    try:
+        rows = read_rows(file)
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{file} is damaged (line {number} is no mapping); mend or delete the line")
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind):
+                raise UsageError(
+                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); mend or delete the line"
+                )
+    return rows
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old or the new one, never half."""
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+@contextmanager
+def disk_errors(path: Path, *, option: str = "output.directory", again: str | None = None) -> Iterator[None]:
+    """Say in one sentence that a disk is full or refuses to be written, whichever library found out.
+
+    `option` names what chooses the folder, `again` the command that goes on; by default those of `trajshift train`.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = str(error)
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text:
+            raise UsageError(
+                f"no space left on the disk of {path}; free some and continue with: "
+                f"{again or f'trajshift train --resume {path}'}"
+            ) from error
+        refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
+        if code in refused or "os error 13" in text:  # as safetensors says it
+            raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
+        raise
