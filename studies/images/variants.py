@@ -1,52 +1,71 @@
 """`trajshift` with one thing changed that no recipe has a field for (candidates of results/images/README.md).
 
-Command: python studies/images/variants.py VARIANT train ...         # the variants are the functions below, with dashes
+    python -m studies.images.variants VARIANT train ...       # what follows VARIANT is a command line of trajshift
+
+Each variant replaces methods of the trainer for as long as its context lasts. They are experiments that did not pay,
+kept so that their rows can be made again, and no example to follow: a choice of your own replaces no methods.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import log
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
-from trajshift.cli.main import main
-from trajshift.learners.inner_optimizer import Inner
-from trajshift.training.trainer import MetaTrainer
+from studies.command import new_app, run_app
+from trajshift import Inner, MetaTrainer, UsageError
+from trajshift.errors import nearest
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
+"""Falls from 1 to 0 as its argument rises from 0 to 1."""
 STARTS = (0, 20, 60, 140, 300, 620, 1260)
-inner_update, take_step, mean_gradient = (
-    MetaTrainer.inner_update,
-    MetaTrainer.take_step,
-    MetaTrainer.mean_gradient,
-)
+"""Inner steps before the rounds of `growing_horizon`."""
 
 
-def falling_meta_lr() -> None:
+@contextmanager
+def replaced(**members: Any) -> Iterator[None]:
+    """Members of `MetaTrainer` replaced, and put back at the end."""
+    before = {name: vars(MetaTrainer)[name] for name in members}
+    try:
+        for name, member in members.items():
+            setattr(MetaTrainer, name, member)
+        yield
+    finally:
+        for name, member in before.items():
+            setattr(MetaTrainer, name, member)
+
+
+def falling_meta_lr() -> AbstractContextManager[None]:
     """The meta-learning rate falls to 0 along a cosine over the whole run."""
+    take_step = MetaTrainer.take_step
     base: dict[int, float] = {}
 
     def step(self: MetaTrainer) -> tuple[Tensor, bool]:
         self.outer.lr = base.setdefault(id(self), self.outer.lr) * COSINE(self.step / self.total_steps)
         return take_step(self)
 
-    MetaTrainer.take_step = step  # type: ignore[method-assign]
+    return replaced(take_step=step)
 
 
-def falling_inner_lr() -> None:
+def falling_inner_lr() -> AbstractContextManager[None]:
     """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
+    inner_update = MetaTrainer.inner_update
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
         return inner_update(self, learner, batch, lr=lr * COSINE(self.step / self.total_steps), ends=ends)
 
-    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
+    return replaced(inner_update=step)
 
 
-def heads_first() -> None:
+def heads_first() -> AbstractContextManager[None]:
     """In the first 100 inner steps the new heads move alone."""
+    inner_update = MetaTrainer.inner_update
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
         if self.step >= 100:
@@ -56,11 +75,12 @@ def heads_first() -> None:
         learner.forget_gradients()
         return loss
 
-    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
+    return replaced(inner_update=step)
 
 
-def weights_by_loss() -> None:
-    """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of that of chance."""
+def weights_by_loss() -> AbstractContextManager[None]:
+    """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of the loss by chance."""
+    inner_update, mean_gradient = MetaTrainer.inner_update, MetaTrainer.mean_gradient
     recent: dict[str, Tensor] = {}
 
     def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
@@ -75,25 +95,42 @@ def weights_by_loss() -> None:
         self.roster.weights.copy_(shares / shares.sum())
         return mean_gradient(self)
 
-    MetaTrainer.inner_update = step  # type: ignore[method-assign, assignment]
-    MetaTrainer.mean_gradient = mean  # type: ignore[method-assign]
+    return replaced(inner_update=step, mean_gradient=mean)
 
 
-def growing_horizon() -> None:
+def growing_horizon() -> AbstractContextManager[None]:
     """Rounds of 20, 40, 80, 160, 320, 640 and 740 inner steps instead of equal ones."""
-    MetaTrainer.k = property(  # type: ignore[method-assign, assignment]
-        lambda self: self.step - max(start for start in STARTS if start <= self.step)
-    )
+    return replaced(k=property(lambda self: self.step - max(start for start in STARTS if start <= self.step)))
 
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__.replace("_", "-"): function
     for function in (falling_meta_lr, falling_inner_lr, heads_first, weights_by_loss, growing_horizon)
 }
 
+# -- the command -----------------------------------------------------------------------------------------------
+
+app = new_app()
+_LIST = "\n\n".join(f"{name}: {function.__doc__}" for name, function in VARIANTS.items())
+
+
+@app.command(
+    help=f"Run a command line of trajshift with one thing changed. VARIANT is:\n\n{_LIST}",
+    context_settings={"ignore_unknown_options": True},
+)
+def variants(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="What is changed.")],
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The command line of trajshift.")],
+) -> None:
+    """Runs trajshift under a variant."""
+    if variant not in VARIANTS:
+        raise UsageError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
+    from trajshift.cli.main import main
+
+    sys.argv = ["trajshift", *words]
+    with VARIANTS[variant]():
+        main()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        print(f"variants.py: name one of {', '.join(VARIANTS)}, then trajshift's words", file=sys.stderr)
-        sys.exit(2)
-    VARIANTS[sys.argv.pop(1)]()
-    main()
+    run_app(app, "studies.images.variants")
