@@ -40,8 +40,8 @@ def flat_update(trainer: MetaTrainer) -> Steps:
 
     def take(count: int) -> None:
         for _ in range(count):
-            probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
-            gradient = trainer.metagrad.mean(probe, trainer.roster.weights)
+            probe = ExtraPasses(trainer.meta_step.active, trainer.phi, trainer.step, trainer.autocast)
+            gradient = trainer.metagrad.mean(probe, trainer.meta_step.active.weights)
             trainer.carry(trainer, trainer.outer.step(trainer.phi, gradient))
 
     return take

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     for _ in trainer:
         pass
     moved = torch.nn.functional.normalize(trainer.theta - first, dim=1)
-    names = trainer.roster.names
+    names = trainer.meta_step.active.names
     print(f"| cosine | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for name, row in zip(names, (moved @ moved.T).tolist(), strict=True):
         print(f"| {name} | {' | '.join(f'{value:+.2f}' for value in row)} |")

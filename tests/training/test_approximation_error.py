@@ -152,7 +152,7 @@ def test_readings_and_a_carry_of_ones_own_survive_a_checkpoint(tmp_path: Path, s
     whole, first, second = make(), make(), make()
     toys.run(whole, whole.total_steps)
     toys.run(first, step)
-    checkpoint.load(checkpoint.save(tmp_path, first), second)
+    checkpoint.load(checkpoint.save(tmp_path, first.meta_step), second.meta_step)
     toys.run(second, second.total_steps)
     assert torch.equal(whole.phi, second.phi)
     assert torch.equal(whole.theta, second.theta)

@@ -164,9 +164,10 @@ def unshared(trainer: MetaTrainer) -> list[str]:
 
     Images of unequal channels make the first layer such a one, which is seldom wanted.
     """
-    task = next(iter(trainer.roster.tasks.values()))
-    module = fresh_module(trainer.blueprint.factory, task, head_key(trainer.seed, task.name))
-    heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
+    run = trainer.meta_step
+    task = next(iter(run.active.tasks.values()))
+    module = fresh_module(run.active.blueprint.factory, task, head_key(run.seed, task.name))
+    heads, shared = run.active.blueprint.heads, {entry.name for entry in run.layout.entries}
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return [name for name in names if name not in shared and not is_in_head(name, heads)]
 
