@@ -134,7 +134,9 @@ def run(trainer: MetaTrainer, until: int, folder: Path) -> dict[str, str]:
     """Takes inner steps up to the step `until` or the end, and saves a checkpoint there."""
     left = range(min(until, trainer.total_steps) - trainer.step)
     losses = {str(event.step): event.losses for event in (trainer.advance() for _ in left)}
-    found = {"losses": digest(losses), "phi": digest(trainer.initialization)} | checkpoint(save(folder, trainer.meta_step))
+    found = {"losses": digest(losses), "phi": digest(trainer.initialization)} | checkpoint(
+        save(folder, trainer.meta_step)
+    )
     return found | {"metrics": digest(trainer.metrics())}  # last, as it starts new means
 
 

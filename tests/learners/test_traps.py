@@ -27,7 +27,6 @@ from tests.helpers.learners import (
 from trajshift import Inner, Task, UsageError
 from trajshift.algorithm.meta_gradients import LastGradient, MetaGradient
 from trajshift.errors import NonFiniteLoss
-from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.training.checkpoint import load, save
 
 # -- rows are views --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.helpers import quadratics, toys
 from trajshift import Inner, MetaTrainer, UsageError
 from trajshift.algorithm.carries import Carry
 from trajshift.algorithm.meta_gradients import MetaGradient
-from trajshift.algorithm.protocols import Probe
+from trajshift.algorithm.protocols import CarryView, MetaGradientView
 from trajshift.training import checkpoint
 from trajshift.training.approximation_error import ApproximationErrorMeter
 
@@ -33,10 +33,10 @@ class Given(MetaGradient):
     def observe(self, theta: Tensor, losses: Tensor, gradients: Tensor) -> None:
         self.k += 1
 
-    def read(self, probe: Probe) -> Tensor:
-        row = torch.zeros_like(probe.phi)
+    def read(self, view: MetaGradientView) -> Tensor:
+        row = torch.zeros_like(view.phi)
         row[: quadratics.DIMENSION] = -self.shifts[self.k - 1]
-        return row.expand_as(probe.theta)
+        return row.expand_as(view.theta)
 
 
 def test_it_reads_the_closed_form_on_quadratics() -> None:
@@ -130,12 +130,12 @@ def test_a_cadence_outside_the_round_is_refused(steps: int) -> None:
 class Half(Carry):
     """theta moves by half of delta, and by a quarter of all deltas of the round so far."""
 
-    def begin(self, trainer: MetaTrainer) -> None:
-        self.total = torch.zeros_like(trainer.theta)
+    def begin(self, view: CarryView) -> None:
+        self.total = torch.zeros_like(view.theta)
 
-    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+    def __call__(self, view: CarryView, delta: Tensor) -> None:
         self.total += delta
-        trainer.theta.add_(0.5 * delta + 0.25 * self.total)
+        view.theta.add_(0.5 * delta + 0.25 * self.total)
 
     def state(self) -> dict[str, Tensor]:
         return {"total": self.total}
