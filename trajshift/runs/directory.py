@@ -1,4 +1,4 @@
-"""The run directory: its recipe, its rows of numbers, what it ran on. Only rank 0 writes. This module never imports torch.
+"""The run directory: its recipe, its rows, what it ran on. Only rank 0 writes. This module never imports torch.
 
 runs/NAME/
   recipe.yaml                 the resolved recipe
