@@ -202,7 +202,9 @@ def trained(tmp_path: Path) -> Callable[..., MetaTrainer]:
 
 
 def test_recipes_name_a_gauge_and_a_carry(trained: Callable[..., MetaTrainer]) -> None:
-    made = trained("output.error_every=2", "carry=test_gauge:Half", "train_on=[upright,parity]")
+    made = trained(
+        "output.error_every=2", "carry=tests.training.test_approximation_error:Half", "train_on=[upright,parity]"
+    )
     assert isinstance(made.carry, Half)
     for _ in made:
         pass
@@ -215,9 +217,12 @@ def test_recipes_name_a_gauge_and_a_carry(trained: Callable[..., MetaTrainer]) -
         ("output.error_every=0", "output: error_every is 0; it must be at least 1 step"),
         ("output.error_every=5", "output.error_every is 5, longer than a round of 4 inner steps"),
         ("carry=shifty", "unknown carry 'shifty'; did you mean 'shift'"),
-        ("carry=test_gauge:run", "could not be called without arguments"),
-        ("carry=builtins:dict", "returned a dict; return a trajshift.algorithm.carries.Carry"),
-        ("carry=test_gauge:nothing", "'test_gauge' has no 'nothing'"),
+        ("carry=tests.training.test_approximation_error:run", "could not be called without arguments"),
+        ("carry=builtins:dict", "returned a dict; return a trajshift.Carry"),
+        (
+            "carry=tests.training.test_approximation_error:nothing",
+            "'tests.training.test_approximation_error' has no 'nothing'",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(trained: Callable[..., MetaTrainer], override: str, sentence: str) -> None:

@@ -96,7 +96,7 @@ def _carry(name: str | None) -> str | Carry | None:
     except TypeError as error:
         raise UsageError(f"carry {name!r} could not be called without arguments: {error}") from error
     if not isinstance(made, Carry):
-        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.algorithm.carries.Carry")
+        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.Carry")
     return made
 
 
@@ -187,7 +187,7 @@ def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
 
 
 def finetune_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's arguments for `finetune.finetune`, its seed included."""
+    """The recipe's arguments for `finetune`, its seed included."""
     return {
         **asdict(recipe.finetune),
         "model": model_factory(recipe),
