@@ -19,24 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import Recorder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # -- the adapter: all that depends on where things are in the package and what its arguments are called ------
 from trajshift import METHODS, Inner, MetaTrainer, Task, finetune, models
-from trajshift.checkpoint import load, save
-from trajshift.cli import app
+from trajshift.cli.main import app
 from trajshift.data.digits import digits_targets, digits_tasks
-from trajshift.engines import Graph, Parallel
-from trajshift.gauge import Gauge
+from trajshift.training.approximation_error import ApproximationErrorMeter
+from trajshift.training.checkpoint import load, save
+from trajshift.training.engines.cuda_graph import Graph
+from trajshift.training.engines.parallel import Parallel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.helpers.recording import Recorder
 
 
 def build(model: Any, tasks: list[Task], method: str, options: dict[str, Any], engine: Any = "loop") -> MetaTrainer:
     """A trainer from `OPTIONS`, some of them replaced."""
     inner = {name.removeprefix("inner_"): value for name, value in options.items() if name.startswith("inner_")}
     others = {name: value for name, value in options.items() if not name.startswith("inner_")}
-    gauge = Gauge.every(every, options["horizon"]) if (every := others.pop("error_every")) else None
+    gauge = ApproximationErrorMeter.every(every, options["horizon"]) if (every := others.pop("error_every")) else None
     return MetaTrainer(model, tasks, method, engine=engine, inner=Inner(**inner), gauge=gauge, **others)
 
 
@@ -44,7 +47,7 @@ def engines(trainer: MetaTrainer) -> dict[str, Any]:
     """Those beside the loop: always side by side, and recorded on the stand-in for CUDA graphs, where that can be."""
     parallel = Parallel(2)
     parallel.side_by_side = True
-    return {"parallel": parallel} | ({} if Graph.obstacle(trainer) else {"graph": Graph(Recorder())})
+    return {"parallel": parallel} | ({} if Graph.obstacle(trainer.meta_step) else {"graph": Graph(Recorder())})
 
 
 # -- what is run ---------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def kinds(dropout: float) -> dict[str, tuple[Any, list[Task], Task]]:
         Task(name="sign", train=(x, (y[:, 1] > 0).long()), outputs=2, batch_size=5),
     ]
     images, target = list(digits_tasks("upright", "few-classes").values()), digits_targets("six-to-nine")["six-to-nine"]
-    conv, mlp = partial(models.build, "conv", **CONV), partial(perceptron, dropout=dropout)
+    conv, mlp = partial(models.build_model, "conv", **CONV), partial(perceptron, dropout=dropout)
     return {"digits": (conv, images, target), "vectors": (mlp, vectors, vectors[0])}
 
 
@@ -124,14 +127,16 @@ def training(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
             trainer = wet()
             for stop in (trainer.horizon - 2, trainer.horizon, trainer.total_steps - 1, trainer.total_steps):
                 yield f"{kind}: {case}, resumed, step {stop}", run(trainer, stop, place / "resumed")
-                load(place / "resumed" / f"{stop:09d}", trainer := wet())
+                load(place / "resumed" / f"{stop:09d}", (trainer := wet()).meta_step)
 
 
 def run(trainer: MetaTrainer, until: int, folder: Path) -> dict[str, str]:
     """Takes inner steps up to the step `until` or the end, and saves a checkpoint there."""
     left = range(min(until, trainer.total_steps) - trainer.step)
     losses = {str(event.step): event.losses for event in (trainer.advance() for _ in left)}
-    found = {"losses": digest(losses), "phi": digest(trainer.initialization)} | checkpoint(save(folder, trainer))
+    found = {"losses": digest(losses), "phi": digest(trainer.initialization)} | checkpoint(
+        save(folder, trainer.meta_step)
+    )
     return found | {"metrics": digest(trainer.metrics())}  # last, as it starts new means
 
 

@@ -2,7 +2,7 @@
 
     python -m studies.images.variants VARIANT train ...       # what follows VARIANT is a command line of trajshift
 
-Each variant replaces methods of the trainer for as long as its context lasts. They are experiments that did not pay,
+Each variant replaces methods of the trainer or its step for as long as its context lasts. They are experiments that did not pay,
 kept so that their rows can be made again, and no example to follow: a choice of your own replaces no methods.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from math import log
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ import typer
 from torch import Tensor
 
 from studies.command import new_app, run_app
-from trajshift import Inner, MetaTrainer, UsageError
+from trajshift import Event, Inner, MetaTrainer, UsageError
 from trajshift.errors import nearest
+from trajshift.learners.learner import Learner
+from trajshift.training.step import MetaStep, Moment
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
 """Falls from 1 to 0 as its argument rises from 0 to 1."""
@@ -29,78 +32,98 @@ STARTS = (0, 20, 60, 140, 300, 620, 1260)
 
 
 @contextmanager
-def replaced(**members: Any) -> Iterator[None]:
-    """Members of `MetaTrainer` replaced, and put back at the end."""
-    before = {name: vars(MetaTrainer)[name] for name in members}
+def replaced(owner: type, **members: Any) -> Iterator[None]:
+    """Members of a class replaced, and put back at the end."""
+    before = {name: vars(owner)[name] for name in members}
     try:
         for name, member in members.items():
-            setattr(MetaTrainer, name, member)
+            setattr(owner, name, member)
         yield
     finally:
         for name, member in before.items():
-            setattr(MetaTrainer, name, member)
+            setattr(owner, name, member)
+
+
+def before_each_step(prepare: Callable[[MetaTrainer], None]) -> AbstractContextManager[None]:
+    """Calls `prepare` before every inner step of every trainer."""
+    advance = MetaTrainer.advance
+
+    def prepared(self: MetaTrainer) -> Event:
+        prepare(self)
+        return advance(self)
+
+    return replaced(MetaTrainer, advance=prepared)
 
 
 def falling_meta_lr() -> AbstractContextManager[None]:
     """The meta-learning rate falls to 0 along a cosine over the whole run."""
-    take_step = MetaTrainer.take_step
     base: dict[int, float] = {}
 
-    def step(self: MetaTrainer) -> tuple[Tensor, bool]:
-        self.outer.lr = base.setdefault(id(self), self.outer.lr) * COSINE(self.step / self.total_steps)
-        return take_step(self)
+    def prepare(trainer: MetaTrainer) -> None:
+        optimizer = trainer.meta_step.meta_optimizer
+        optimizer.lr = base.setdefault(id(trainer), optimizer.lr) * COSINE(trainer.step / trainer.total_steps)
 
-    return replaced(take_step=step)
+    return before_each_step(prepare)
 
 
 def falling_inner_lr() -> AbstractContextManager[None]:
     """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
-    inner_update = MetaTrainer.inner_update
+    base: dict[int, float] = {}
 
-    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
-        return inner_update(self, learner, batch, lr=lr * COSINE(self.step / self.total_steps), ends=ends)
+    def prepare(trainer: MetaTrainer) -> None:
+        step = trainer.meta_step
+        lr = base.setdefault(id(trainer), step.inner.lr) * COSINE(trainer.step / trainer.total_steps)
+        step.inner = replace(step.inner, lr=lr)
 
-    return replaced(inner_update=step)
+    return before_each_step(prepare)
 
 
 def heads_first() -> AbstractContextManager[None]:
     """In the first 100 inner steps the new heads move alone."""
-    inner_update = MetaTrainer.inner_update
+    inner_update = MetaStep.inner_update
 
-    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
-        if self.step >= 100:
-            return inner_update(self, learner, batch, lr=lr, ends=ends)
+    def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
+        if moment.index >= 100:
+            return inner_update(self, learner, moment, *more, **options)
+        batch = learner.batches.train(moment.index)
+        learner.seed_generators(moment.index)
         loss: Tensor = learner.backward(batch, autocast=self.autocast, shared=False)
-        learner.step(lr)
+        learner.step(moment.lr)
         learner.forget_gradients()
         return loss
 
-    return replaced(inner_update=step)
+    return replaced(MetaStep, inner_update=update)
 
 
 def weights_by_loss() -> AbstractContextManager[None]:
     """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of the loss by chance."""
-    inner_update, mean_gradient = MetaTrainer.inner_update, MetaTrainer.mean_gradient
+    inner_update, mean_gradient = MetaStep.inner_update, MetaStep.mean_gradient
     recent: dict[str, Tensor] = {}
 
-    def step(self: MetaTrainer, learner: Any, batch: Any, *, lr: float, ends: bool) -> Tensor:
-        loss = inner_update(self, learner, batch, lr=lr, ends=ends)
+    def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
+        loss = inner_update(self, learner, moment, *more, **options)
         name = learner.task.name
         recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
         return loss
 
-    def mean(self: MetaTrainer) -> Tensor:
-        tasks = self.roster.tasks
-        shares = torch.stack([recent[name] / log(tasks[name].outputs or 2) for name in self.roster.names])
-        self.roster.weights.copy_(shares / shares.sum())
+    def mean(self: MetaStep) -> Tensor:
+        tasks = self.active.tasks
+        shares = torch.stack([recent[name] / log(tasks[name].outputs or 2) for name in self.tasks])
+        self.active.weights.copy_(shares / shares.sum())
         return mean_gradient(self)
 
-    return replaced(inner_update=step, mean_gradient=mean)
+    return replaced(MetaStep, inner_update=update, mean_gradient=mean)
 
 
 def growing_horizon() -> AbstractContextManager[None]:
     """Rounds of 20, 40, 80, 160, 320, 640 and 740 inner steps instead of equal ones."""
-    return replaced(k=property(lambda self: self.step - max(start for start in STARTS if start <= self.step)))
+    moment = MetaStep.moment
+
+    def unequal(self: MetaStep, index: int) -> Moment:
+        return replace(moment(self, index), carried=index + 1 not in STARTS)
+
+    k = property(lambda self: self.step - max(start for start in STARTS if start <= self.step))
+    return replaced(MetaStep, k=k, moment=unequal)
 
 
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {

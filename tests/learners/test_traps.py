@@ -27,7 +27,6 @@ from tests.helpers.learners import (
 from trajshift import Inner, Task, UsageError
 from trajshift.algorithm.meta_gradients import LastGradient, MetaGradient
 from trajshift.errors import NonFiniteLoss
-from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.training.checkpoint import load, save
 
 # -- rows are views --------------------------------------------------------------------------------------------
@@ -114,9 +113,9 @@ def test_channels_last_weights_keep_their_strides_and_give_the_same_run(tmp_path
         torch.testing.assert_close(last.initialization[name], tensor, rtol=1e-10, atol=1e-11)
         assert last.initialization[name].is_contiguous()
     build = partial(make, "trajectory-shifting", image_tasks(), partial(Wide, last=True))
-    save(tmp_path, run(build(), 3))
+    save(tmp_path, run(build(), 3).meta_step)
     resumed = build()
-    load(tmp_path / "000000003", resumed)
+    load(tmp_path / "000000003", resumed.meta_step)
     assert same_bits(everything(run(resumed)), everything(last))
 
 
@@ -128,7 +127,7 @@ def test_passes_touch_no_statistics_counters_or_generator() -> None:
     before = everything(trainer)
     buffers = [buffer for learner in trainer.learners for buffer in learner.module.buffers()]
     state = torch.random.get_rng_state()
-    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
+    probe = trainer.meta_step.passes()
     losses = probe.losses()
     assert torch.equal(losses, probe.losses())  # dropout draws what the training pass drew
     for split in ("train", "heldout"):
@@ -148,8 +147,8 @@ def test_a_pass_on_the_last_training_batch_sees_what_the_step_saw() -> None:
     trainer = make("fomaml", image_tasks(), model, inner=Inner(lr=1e-300))  # theta stays where it is
     for _ in range(3):
         event = trainer.advance()
-    followed = trainer.roster.gradients.clone()
-    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
+    followed = trainer.meta_step.active.gradients.clone()
+    probe = trainer.meta_step.passes()
     assert torch.equal(probe.losses(), event.losses)
     assert torch.equal(probe.gradients_at_end("train"), followed)
 
@@ -181,7 +180,7 @@ def test_a_pass_that_fails_puts_everything_back() -> None:
     before = everything(trainer)
     tasks[2].loss = lambda module, batch: module(batch[0]).sum() / "nonsense"
     with pytest.raises(TypeError):
-        ExtraPasses(trainer.roster, trainer.phi, trainer.step, None).gradients_at_end("heldout")
+        trainer.meta_step.passes().gradients_at_end("heldout")
     assert same_bits(everything(trainer), before)
 
 
@@ -218,7 +217,7 @@ def test_a_reset_renews_theta_and_only_what_it_is_told_to() -> None:
     def boundary(renew: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         trainer = run(make("reptile", image_tasks(), horizon=3, renew=renew), 3)
         before = everything(trainer)
-        trainer._reset()
+        trainer.meta_step.begin_round()
         assert torch.equal(trainer.theta, trainer.phi.expand_as(trainer.theta))
         return before, everything(trainer)
 
@@ -240,7 +239,7 @@ def test_renewed_heads_differ_from_round_to_round_and_repeat_with_the_seed() -> 
     def heads() -> list[Tensor]:
         trainer, seen = make("reptile", image_tasks(), horizon=2, rounds=3, renew=("heads",)), []
         for _ in range(3):
-            trainer._reset()
+            trainer.meta_step.begin_round()
             seen.append(trainer.learners[0].own["fc.weight"].detach().clone())
             run(trainer, 2)
         return seen
@@ -256,15 +255,15 @@ def test_tasks_join_and_leave_at_a_round_boundary() -> None:
     trainer = run(make("trajectory-shifting", tasks[:2], horizon=3, rounds=4), 3)
     before = everything(trainer)
     trainer.set_tasks(tasks[1:])
-    trainer._reset()
-    assert trainer.roster.names == ("images1", "images2")
+    trainer.meta_step.begin_round()
+    assert trainer.meta_step.active.names == ("images1", "images2")
     after = everything(trainer)
     stay = [name for name in before if name.startswith("images1/")]
     assert stay
     assert all(torch.equal(before[name], after[name]) for name in stay)
     assert torch.equal(trainer.theta, trainer.phi.expand_as(trainer.theta))
     fresh = make("trajectory-shifting", tasks, horizon=3)
-    fresh._reset()
+    fresh.meta_step.begin_round()
     assert torch.equal(named_head(trainer, 1), named_head(fresh, 2))  # the head that it always would have had
     run(trainer, 4)
     with pytest.raises(UsageError, match="at a round boundary"):
@@ -283,10 +282,10 @@ def test_a_task_that_stays_may_bring_other_data_and_another_weight() -> None:
     changed = image_tasks()
     changed[0] = Task(name="images0", train=image_data(30, 2, seed=9), outputs=2, weight=3.0)
     trainer.set_tasks(changed)
-    trainer._reset()
+    trainer.meta_step.begin_round()
     assert trainer.learners[0].batches.size == 30
     assert torch.equal(named_head(trainer, 0), head)
-    torch.testing.assert_close(trainer.roster.weights, torch.tensor([0.6, 0.2, 0.2], dtype=DOUBLE))
+    torch.testing.assert_close(trainer.meta_step.active.weights, torch.tensor([0.6, 0.2, 0.2], dtype=DOUBLE))
 
 
 def test_tasks_that_cannot_join_are_refused() -> None:
@@ -314,7 +313,7 @@ def test_waiting_tasks_keep_head_and_statistics() -> None:
     returned = 0
     while trainer.step < trainer.total_steps:
         run(trainer, 1)
-        (name,) = trainer.roster.names
+        (name,) = trainer.meta_step.active.names
         learner = trainer.learners[0]
         if trainer.k == 1 and name in last:
             returned += 1

@@ -259,7 +259,11 @@ def first_step_with_the_poison(name: str) -> int:
 def test_the_poisoned_task_is_named(how: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = next(name for name in ("bad", "worse", "rotten") if first_step_with_the_poison(name) > 2)
     step = first_step_with_the_poison(name)
-    tasks = [f"tasks.{name}.source=toys:poisoned", f"tasks.{name}.options.how={how}", "tasks.fine.source=toys:poisoned"]
+    tasks = [
+        f"tasks.{name}.source=tests.helpers.toys:poisoned",
+        f"tasks.{name}.options.how={how}",
+        "tasks.fine.source=tests.helpers.toys:poisoned",
+    ]
     words = [*TINY, *tasks, f"train_on=[fine,{name}]", f"method={method}", f"output.directory={tmp_path}"]
     status, told = command(capsys, "train", "digits", *words, "--name", "run", "--quiet")
     assert status == 2
@@ -280,7 +284,7 @@ def test_a_culprit_that_left_is_named_all_the_same() -> None:
         lambda task: models.build_model("conv", task, width=4), listed,
         horizon=5, rounds=8, batch_size=4, tasks_per_round=1, inner=Inner(lr=0.01),
     )  # fmt: skip
-    first_round = next(round for round in range(8) if trainer.roster.sampled(round) == ["bad"])
+    first_round = next(round for round in range(8) if trainer.meta_step.active.sampled(round) == ["bad"])
     assert first_round < 7
     for _ in trainer:
         pass

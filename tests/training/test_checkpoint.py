@@ -34,7 +34,7 @@ def two_checkpoints(directory: Path) -> MetaTrainer:
     made = toys.trainer(toys.tasks(3))
     for step in (2, 5):
         toys.run(made, step)
-        checkpoint.save(directory, made, {"step": step})
+        checkpoint.save(directory, made.meta_step, {"step": step})
     return made
 
 
@@ -87,12 +87,12 @@ def test_resumed_bit_for_bit(name: str, tmp_path: Path) -> None:
         if step % 3 == 0:
             whole.metrics()
         if step in (toys.HORIZON, 6):  # at a boundary and inside a round
-            saved[step] = checkpoint.save(tmp_path / "whole", whole)
-    end = content(checkpoint.save(tmp_path / "whole", whole))
+            saved[step] = checkpoint.save(tmp_path / "whole", whole.meta_step)
+    end = content(checkpoint.save(tmp_path / "whole", whole.meta_step))
     for step, path in saved.items():
         resumed = toys.trainer(toys.tasks(3), **CASES[name])
-        checkpoint.load(path, resumed)
-        assert content(checkpoint.save(tmp_path / "again", resumed)) == content(path)
+        checkpoint.load(path, resumed.meta_step)
+        assert content(checkpoint.save(tmp_path / "again", resumed.meta_step)) == content(path)
         again = []
         for later in range(step + 1, resumed.total_steps + 1):
             again += toys.run(resumed, later)
@@ -100,15 +100,15 @@ def test_resumed_bit_for_bit(name: str, tmp_path: Path) -> None:
                 resumed.metrics()
         assert all(torch.equal(a, b) for a, b in zip(losses[step:], again, strict=True))
         assert torch.equal(resumed.phi, whole.phi)
-        assert content(checkpoint.save(tmp_path / "resumed", resumed)) == end
+        assert content(checkpoint.save(tmp_path / "resumed", resumed.meta_step)) == end
 
 
 def test_metrics_and_extra_survive(tmp_path: Path) -> None:
     whole = toys.trainer(toys.tasks(3), method="leap")
     toys.run(whole, 3)
-    path = checkpoint.save(tmp_path, whole, {"recipe": "abc", "bytes": 17})
+    path = checkpoint.save(tmp_path, whole.meta_step, {"recipe": "abc", "bytes": 17})
     resumed = toys.trainer(toys.tasks(3), method="leap")
-    assert checkpoint.load(path, resumed) == {"recipe": "abc", "bytes": 17}
+    assert checkpoint.load(path, resumed.meta_step) == {"recipe": "abc", "bytes": 17}
     assert resumed.metrics() == whole.metrics()
 
 
@@ -123,7 +123,7 @@ def test_death_inside_a_write_leaves_no_checkpoint(
 ) -> None:
     made = toys.trainer(toys.tasks(3))
     toys.run(made, 2)
-    before = content(checkpoint.save(tmp_path, made))
+    before = content(checkpoint.save(tmp_path, made.meta_step))
     toys.run(made, 5)
     written = []
     original = checkpoint._write
@@ -138,7 +138,7 @@ def test_death_inside_a_write_leaves_no_checkpoint(
 
     monkeypatch.setattr(checkpoint, "_write", dying)
     with pytest.raises(UsageError if full else Died) as caught:
-        checkpoint.save(tmp_path, made)
+        checkpoint.save(tmp_path, made.meta_step)
     monkeypatch.undo()
     if full:
         assert "step 5 could not be written" in str(caught.value)
@@ -149,7 +149,7 @@ def test_death_inside_a_write_leaves_no_checkpoint(
     assert newest is not None
     assert (newest.name, notes) == ("000000002", [])
     assert content(newest) == before
-    again = checkpoint.save(tmp_path, made)  # over what was left half-written
+    again = checkpoint.save(tmp_path, made.meta_step)  # over what was left half-written
     assert checkpoint.verify(again)["numbers"]["step"] == 5
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -166,7 +166,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file is in the way")
     with pytest.raises(UsageError, match="step 0 could not be written"):
-        checkpoint.save(tmp_path / "checkpoints", toys.trainer(toys.tasks(1)))
+        checkpoint.save(tmp_path / "checkpoints", toys.trainer(toys.tasks(1)).meta_step)
 
 
 # -- damage --------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_damage_is_named_and_the_previous_one_used(place: int, how: str, tmp_pat
     assert file.name in notes[0]
     assert str(file.parent) in notes[0]
     with pytest.raises(UsageError, match=file.name):
-        checkpoint.load(file.parent, toys.trainer(toys.tasks(3)))
+        checkpoint.load(file.parent, toys.trainer(toys.tasks(3)).meta_step)
 
 
 def test_every_changed_number_in_the_manifest_is_noticed(tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_tasks_change_at_a_round_boundary(method: str, tmp_path: Path) -> None:
     listed = toys.tasks(5)
     made = toys.trainer(listed[:3], method=method)
     toys.run(made, toys.HORIZON)
-    path = checkpoint.save(tmp_path, made)
+    path = checkpoint.save(tmp_path, made.meta_step)
     others = [listed[4], listed[2], listed[0]]  # t1 left, t4 joined, in another order
     resumed = toys.trainer(others, method=method)
-    checkpoint.load(path, resumed)
+    checkpoint.load(path, resumed.meta_step)
     made.set_tasks(others)
     for trainer in (made, resumed):
         toys.run(trainer, trainer.total_steps)
@@ -298,7 +298,7 @@ def test_tasks_do_not_change_inside_a_round(chosen: tuple[int, ...], tmp_path: P
     path = tmp_path / "000000005"
     two_checkpoints(tmp_path)
     with pytest.raises(UsageError, match="in the middle of a round"):
-        checkpoint.load(path, toys.trainer([listed[index] for index in chosen]))
+        checkpoint.load(path, toys.trainer([listed[index] for index in chosen]).meta_step)
 
 
 def own_head(task: trajshift.Task) -> nn.Module:
@@ -322,9 +322,9 @@ OTHERS: dict[str, Any] = {
 def test_a_checkpoint_of_another_model_is_one_sentence(other: str, step: int, tmp_path: Path) -> None:
     made = toys.trainer(toys.tasks(3))
     toys.run(made, step)
-    path = checkpoint.save(tmp_path, made)
+    path = checkpoint.save(tmp_path, made.meta_step)
     with pytest.raises(UsageError, match="another model") as caught:
-        checkpoint.load(path, toys.trainer(toys.tasks(3), model=OTHERS[other]))
+        checkpoint.load(path, toys.trainer(toys.tasks(3), model=OTHERS[other]).meta_step)
     assert "\n" not in str(caught.value)
 
 

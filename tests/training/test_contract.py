@@ -37,7 +37,7 @@ Dropout = partial(ConvNet, dropout=0.4)
 
 def recorded(trainer: MetaTrainer) -> Engine | str:
     """The graph engine on the CPU, where nothing is in its way."""
-    return Graph.obstacle(trainer) or choose._draws(trainer) or Graph(Recorder())
+    return Graph.obstacle(trainer.meta_step) or choose._draws(trainer.meta_step) or Graph(Recorder())
 
 
 @pytest.fixture(autouse=True, params=["loop", "parallel", "graph"])
@@ -129,10 +129,10 @@ def again(directory: Path, stop: int, build: partial[MetaTrainer]) -> None:
     whole, first = build(), build()
     run(whole)
     run(first, stop)
-    save(directory, first, {"note": "kept"})
+    save(directory, first.meta_step, {"note": "kept"})
     first.phi.fill_(torch.nan)
     second = build()
-    assert load(directory / f"{stop:09d}", second) == {"note": "kept"}
+    assert load(directory / f"{stop:09d}", second.meta_step) == {"note": "kept"}
     assert second.step == stop
     run(second)
     assert same_bits(everything(whole), everything(second))
@@ -235,7 +235,7 @@ def test_a_parameter_that_a_task_does_not_use_does_not_decay(method: str) -> Non
         elif chosen.carry == "hold":
             assert torch.equal(theta, at_reset)
         elif chosen.carry == "random" and shifted:
-            travelled += float(trainer.tally.update_norm)
+            travelled += float(trainer.meta_step.counters.update_norm)
             assert torch.linalg.vector_norm(theta - at_reset) <= travelled
         if event.k == 3:
             start = phi
@@ -264,8 +264,8 @@ def test_what_rows_held_before_a_reset_has_no_effect(method: str) -> None:
         run(clean, 3)
         run(poisoned, 3)
         poisoned.theta.fill_(torch.nan)
-        if poisoned.roster.keep_gradients:
-            poisoned.roster.gradients[:, poisoned.layout.mask(poisoned.device)] = torch.nan
+        if poisoned.meta_step.active.keep_gradients:
+            poisoned.meta_step.active.gradients[:, poisoned.layout.mask(poisoned.device)] = torch.nan
     assert torch.equal(clean.phi, poisoned.phi)
 
 

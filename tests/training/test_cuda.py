@@ -75,8 +75,8 @@ def test_a_recorded_resnet_takes_the_loops_step_and_repeats_to_the_last_bit(
     run(graph, 15)
     run(again, 15)
     assert same_bits(everything(graph), everything(again))
-    save(tmp_path, graph)
-    load(tmp_path / f"{15:09d}", loop)
+    save(tmp_path, graph.meta_step)
+    load(tmp_path / f"{15:09d}", loop.meta_step)
     torch.testing.assert_close(loop.advance().losses, graph.advance().losses, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-3, atol=1e-4)
     assert graph.engine.name == "graph"
@@ -98,9 +98,9 @@ def test_a_step_that_cannot_be_recorded_is_left_to_the_loop(method: str) -> None
 def test_a_checkpoint_goes_on_on_either_device(tmp_path: Path) -> None:
     whole = run(trainer("loop"), 30)
     for first in (trainer("loop"), on_gpu("graph")):
-        save(tmp_path / str(first.device), run(first, 17))
+        save(tmp_path / str(first.device), run(first, 17).meta_step)
         for second in (trainer("loop"), on_gpu("loop"), on_gpu("graph")):
-            load(tmp_path / str(first.device) / f"{17:09d}", second)
+            load(tmp_path / str(first.device) / f"{17:09d}", second.meta_step)
             assert_same(whole, run(second, 13))
 
 

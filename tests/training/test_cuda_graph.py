@@ -18,7 +18,7 @@ from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
-from trajshift.training.engines.choose import choose
+from trajshift.training.engines.choose import choose_engine
 from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
 
 STEPS = 50
@@ -67,7 +67,7 @@ def test_replayed_steps_are_the_loop(options: dict[str, Any]) -> None:
         torch.testing.assert_close(left.losses, right.losses, rtol=1e-9, atol=1e-9)
     assert_same(loop, graph)
     assert loop.metrics()["inner_steps"] == graph.metrics()["inner_steps"] == STEPS
-    assert loop.tally.counts == graph.tally.counts
+    assert loop.meta_step.counters.counts == graph.meta_step.counters.counts
     assert recorder.replays > STEPS - 15
     assert recorder.records <= 3
 
@@ -229,10 +229,10 @@ def test_the_tables_are_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_goes_on_in_either_engine(stop: int, tmp_path: Path) -> None:
     whole = run(trainer("loop"), 30)
     first = run(trainer(Graph(Recorder())), stop)
-    save(tmp_path, first)
+    save(tmp_path, first.meta_step)
     for engine in ("loop", Graph(Recorder())):
         second = trainer(engine)
-        load(tmp_path / f"{stop:09d}", second)
+        load(tmp_path / f"{stop:09d}", second.meta_step)
         run(second, 30 - stop)
         torch.testing.assert_close(whole.phi, second.phi, rtol=1e-9, atol=1e-9)
 
@@ -267,10 +267,10 @@ def test_what_cannot_be_recorded_says_why(options: dict[str, Any], reason: str |
 
 def test_sources_must_lie_on_the_device() -> None:
     plain = make("trajectory-shifting", image_tasks((2, 3)), partial(ConvNet))
-    assert Graph.obstacle(plain) is None
+    assert Graph.obstacle(plain.meta_step) is None
     listed = [Task(name="list", train=[(torch.zeros(1, 6, 6).double(), 0)] * 6, outputs=2)]
     assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed)))
     own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
     assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own)))
     with pytest.raises(UsageError, match="engine graph is not for this run: it is for CUDA and the device is cpu"):
-        choose("graph", plain)
+        choose_engine("graph", plain.meta_step)

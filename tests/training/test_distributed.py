@@ -60,20 +60,20 @@ def train_all(folder: Path, other: Path | None) -> None:
     for name in CASES:
         whole = make(name)
         rows = go_on(whole, SAVED)
-        path = checkpoint.save(folder / name / "saved", whole)
+        path = checkpoint.save(folder / name / "saved", whole.meta_step)
         rows += go_on(whole, whole.total_steps)
-        checkpoint.save(folder / name / "end", whole)
+        checkpoint.save(folder / name / "end", whole.meta_step)
         resumed = make(name)
-        checkpoint.load(path, resumed)
+        checkpoint.load(path, resumed.meta_step)
         again = go_on(resumed, resumed.total_steps)
-        checkpoint.save(folder / name / "resumed", resumed)
+        checkpoint.save(folder / name / "resumed", resumed.meta_step)
         if other is not None:
             moved = make(name)
-            checkpoint.load(other / name / "saved" / path.name, moved)
+            checkpoint.load(other / name / "saved" / path.name, moved.meta_step)
             go_on(moved, moved.total_steps)
-            checkpoint.save(folder / name / "moved", moved)
-        homes = whole.world.gather(whole.roster.local)
-        if whole.world.rank == 0:
+            checkpoint.save(folder / name / "moved", moved.meta_step)
+        homes = whole.meta_step.world.gather(whole.meta_step.active.local)
+        if whole.meta_step.world.rank == 0:
             (folder / name / "said.json").write_text(json.dumps({"rows": rows, "again": again, "homes": homes}))
 
 
@@ -151,9 +151,9 @@ def test_resume_at_the_same_size_is_bit_for_bit(name: str, many: tuple[int, Path
 def test_checkpoints_go_to_another_size_and_back(name: str, many: tuple[int, Path], one: Path, tmp_path: Path) -> None:
     assert_agree(many[1] / name / "moved", one / name / "end")  # from one process to many
     back = make(name)
-    checkpoint.load(many[1] / name / "saved" / f"{SAVED:09d}", back)
+    checkpoint.load(many[1] / name / "saved" / f"{SAVED:09d}", back.meta_step)
     go_on(back, back.total_steps)
-    checkpoint.save(tmp_path, back)
+    checkpoint.save(tmp_path, back.meta_step)
     assert_agree(tmp_path, one / name / "end")
 
 
@@ -209,14 +209,14 @@ def go_wrong(folder: Path) -> None:
     toys.run(drifted, 3)
     if rank == 1:
         drifted.phi[0] += 1e-15
-    said["checkpoint"] = sentence(lambda: checkpoint.save(folder / "drifted", drifted))
-    said["home"] = drifted.roster.home
+    said["checkpoint"] = sentence(lambda: checkpoint.save(folder / "drifted", drifted.meta_step))
+    said["home"] = drifted.meta_step.active.home
     apart = toys.trainer(toys.tasks(4))
     paths = []
     for step in (2, 3):
         toys.run(apart, step)
-        paths.append(checkpoint.save(folder / "apart", apart))
-    said["loaded"] = sentence(lambda: checkpoint.load(paths[rank], toys.trainer(toys.tasks(4))))
+        paths.append(checkpoint.save(folder / "apart", apart.meta_step))
+    said["loaded"] = sentence(lambda: checkpoint.load(paths[rank], toys.trainer(toys.tasks(4)).meta_step))
     poisoned = square_trainer(squares(4, poisoned="s3"), grad_clip=None)
     toys.run(poisoned, 2)
     said["poisoned"] = sentence(poisoned.check_finite)
@@ -224,11 +224,11 @@ def go_wrong(folder: Path) -> None:
     toys.run(moved, toys.HORIZON)
     moved.set_tasks([toys.tasks(6)[index] for index in (5, 4, 1, 0)])
     toys.run(moved, moved.total_steps)
-    checkpoint.save(folder / "changed-tasks", moved)
+    checkpoint.save(folder / "changed-tasks", moved.meta_step)
     if rank == 1:
         (folder / "full").write_text("a file is in the way of the folder")
     moved.world.barrier()
-    said["full"] = sentence(lambda: checkpoint.save(folder / "full", moved))
+    said["full"] = sentence(lambda: checkpoint.save(folder / "full", moved.meta_step))
     said["any"] = [moved.world.any(rank == 1), moved.world.any(False)]
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
@@ -283,7 +283,7 @@ def test_tasks_that_stay_keep_head_and_statistics_on_many_ranks(wrong: Path, tmp
     toys.run(alone, toys.HORIZON)
     alone.set_tasks([toys.tasks(6)[index] for index in (5, 4, 1, 0)])
     toys.run(alone, alone.total_steps)
-    checkpoint.save(tmp_path, alone)
+    checkpoint.save(tmp_path, alone.meta_step)
     assert_agree(wrong / "changed-tasks", tmp_path)
 
 

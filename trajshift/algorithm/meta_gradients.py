@@ -2,8 +2,16 @@
 
 Shapes: T learners (rows) on this rank, P numbers a row. Each class follows its equation: `begin` at the start
 of a trajectory, `observe` after every inner step of all learners, `read` at a meta-update. Several meta-updates
-may read one trajectory; the state then goes on, so that with carry `shift` the path grows from 1 to K steps as
-in Algorithm 2.
+may read one trajectory; the state then continues, so that with carry `shift` the path grows from 1 to K steps as
+in Algorithm 2. A meta-gradient of one's own is a class with `read`:
+
+```python
+class SignOfDisplacement(MetaGradient):
+    def read(self, view):
+        return torch.sign(view.phi - view.theta)
+
+MetaTrainer(model, tasks, "trajectory-shifting", meta=Meta(gradient=SignOfDisplacement()))
+```
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trajshift.algorithm.conjugate_gradient import conjugate_gradient
-from trajshift.algorithm.protocols import Probe, Product
+from trajshift.algorithm.protocols import MetaGradientView, Product
 from trajshift.errors import UsageError
 
 
@@ -28,6 +36,13 @@ class MetaGradient:
     """Whether batches that are never trained on are needed."""
     penalty = 0.0
     """Strength lambda of the inner penalty lambda/2 ||theta - phi||^2."""
+    recordable = False
+    """Whether it is the same tensor work at every step, so that a CUDA graph can repeat it. Not inherited: a subclass
+    that is must say so itself."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.recordable = cls.__dict__.get("recordable", False)
 
     def begin(self, theta: Tensor) -> None:
         """A trajectory starts: all rows of theta `[T, P]` equal phi."""
@@ -38,13 +53,13 @@ class MetaGradient:
     def carried(self, theta: Tensor) -> None:
         """theta `[T, P]` was moved along with phi; no learner took a step."""
 
-    def read(self, probe: Probe) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
         """The meta-gradients `[T, P]`; phi moves against their mean."""
         raise UsageError(f"{type(self).__name__} defines no read(); a meta-gradient must")
 
-    def mean(self, probe: Probe, weights: Tensor) -> Tensor:
+    def mean(self, view: MetaGradientView, weights: Tensor) -> Tensor:
         """`weights` `[T]` times the meta-gradients: `[P]`."""
-        return weights @ self.read(probe)
+        return weights @ self.read(view)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors whose first dimension is T, for a checkpoint."""
@@ -57,13 +72,15 @@ class MetaGradient:
 class Displacement(MetaGradient):
     """MetaGrad = phi - theta_k (Reptile, Nichol et al., 2018; Algorithm 2 of Shin et al., 2021)."""
 
-    def read(self, probe: Probe) -> Tensor:
-        """phi - theta `[T, P]`."""
-        return probe.phi - probe.theta
+    recordable = True
 
-    def mean(self, probe: Probe, weights: Tensor) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
+        """phi - theta `[T, P]`."""
+        return view.phi - view.theta
+
+    def mean(self, view: MetaGradientView, weights: Tensor) -> Tensor:
         """The same mean without a `[T, P]` temporary: sum(w) phi - w theta."""
-        return torch.addmv(weights.sum() * probe.phi, probe.theta.T, weights, alpha=-1.0)
+        return torch.addmv(weights.sum() * view.phi, view.theta.T, weights, alpha=-1.0)
 
 
 class LastGradient(MetaGradient):
@@ -78,10 +95,11 @@ class LastGradient(MetaGradient):
     def __init__(self, *, batch: str = "train") -> None:
         self.batch = batch
         self.needs_heldout = batch == "heldout"
+        self.recordable = type(self) is LastGradient and batch == "train"
 
-    def read(self, probe: Probe) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
         """Gradients `[T, P]`."""
-        return probe.gradients if self.batch == "train" else probe.gradients_at_end("heldout")
+        return view.gradients if self.batch == "train" else view.gradients_at_end("heldout")
 
 
 class PathLength(MetaGradient):
@@ -125,10 +143,10 @@ class PathLength(MetaGradient):
         """A carry is no part of the path."""
         self._previous.copy_(theta)
 
-    def read(self, probe: Probe) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
         """The sum over all segments so far `[T, P]`."""
         if self.loss:
-            self._close(probe.losses().to(self._sum.dtype))
+            self._close(view.losses().to(self._sum.dtype))
         return self._sum
 
     def _close(self, end_losses: Tensor) -> None:
@@ -194,17 +212,17 @@ class Implicit(MetaGradient):
         self.batch = batch
         self.needs_heldout = batch == "heldout"
 
-    def read(self, probe: Probe) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
         """One linear system per learner: `[T, P]`."""
-        right = probe.gradients_at_end(self.batch)
+        right = view.gradients_at_end(self.batch)
         solved = torch.empty_like(right)
         for row in range(len(right)):
-            with probe.hessian(row) as product:
+            with view.hessian(row) as product:
                 solution = conjugate_gradient(
                     partial(self._system, product), right[row], steps=self.steps, tolerance=self.tolerance
                 )
             solved[row] = solution.x
-            probe.counts.update(cg_steps=solution.steps, negative_curvature=solution.negative_curvature)
+            view.counts.update(cg_steps=solution.steps, negative_curvature=solution.negative_curvature)
         return solved
 
     def _system(self, product: Product, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from trajshift.errors import UsageError, nearest
 
@@ -24,8 +24,9 @@ class Method:
     reference: str
     metagrad: str
     """Which direction phi moves: one of `METAGRADS`."""
-    meta_every: int | None = None
-    """Inner steps between meta-updates; 0 means the horizon K, -1 a tenth of it (where 10 divides K, else 1)."""
+    meta_every: int | str
+    """Inner steps between meta-updates: a number, `horizon` for K, or `tenth` for K / 10 (1 where 10 does not divide
+    K)."""
     carry: str = "hold"
     """What the running theta does once phi has moved: one of `CARRIES`."""
     adapt: str = "all"
@@ -41,16 +42,30 @@ class Method:
 
     def cadence(self, horizon: int) -> int:
         """Inner steps between two meta-updates at this horizon K."""
-        if self.meta_every == 0:
+        if self.meta_every == "horizon":
             return horizon
-        if self.meta_every == -1:
+        if self.meta_every == "tenth":
             return horizon // 10 if horizon % 10 == 0 else 1
-        assert self.meta_every is not None
+        if not isinstance(self.meta_every, int):
+            raise UsageError(
+                f"meta_every of method {self.name} is {self.meta_every!r}; use a number, 'horizon' or 'tenth'"
+            )
         return self.meta_every
 
     def default_meta_lr(self, horizon: int, meta_every: int) -> float:
         """The meta-learning rate where the user names none (DESIGN: 10/K for shifting, 1.0 for Reptile)."""
         return min(1.0, 10.0 * meta_every / horizon) if self.meta_lr is None else self.meta_lr
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedMethod(Method):
+    """A method at a known horizon, with the user's choices put in and invalid combinations refused.
+
+    `metagrad` and `carry` name what runs: one of the names above, or the class of an object of the user's own.
+    """
+
+    meta_every: int
+    """Inner steps between meta-updates, a divisor of the horizon."""
 
 
 def _table() -> dict[str, Method]:
@@ -67,7 +82,7 @@ def _table() -> dict[str, Method]:
         summary="phi follows the last inner gradient of each trajectory",
         reference="Finn et al., ICML 2017 (first-order MAML)",
         metagrad="last_gradient",
-        meta_every=0,
+        meta_every="horizon",
         meta_lr=0.1,
     )
     joint = Method(
@@ -108,14 +123,14 @@ def _table() -> dict[str, Method]:
             summary="phi moves towards the end points of the trajectories, then all restart",
             reference="Nichol et al., 2018",
             metagrad="displacement",
-            meta_every=0,
+            meta_every="horizon",
             meta_lr=1.0,
         ),
         fomaml,
         replace(
             fomaml,
             name="fomaml++",
-            meta_every=-1,
+            meta_every="tenth",
             summary="FOMAML with gradients accumulated along the trajectory (multi-step loss)",
             reference="Antoniou et al., ICLR 2019",
         ),
@@ -124,7 +139,7 @@ def _table() -> dict[str, Method]:
             summary="implicit meta-gradient (I + H/lambda)^-1 g by conjugate gradients",
             reference="Rajeswaran et al., NeurIPS 2019",
             metagrad="implicit",
-            meta_every=0,
+            meta_every="horizon",
             meta_lr=0.1,
             batch="heldout",
         ),
@@ -133,7 +148,7 @@ def _table() -> dict[str, Method]:
             summary="phi follows the gradient of the length of the paths on the loss surface",
             reference="Flennerhag et al., ICLR 2019",
             metagrad="path_length",
-            meta_every=0,
+            meta_every="horizon",
             meta_lr=0.1,
         ),
         replace(
@@ -168,11 +183,11 @@ def resolve(
     adapt: str | None = None,
     metagrad: str | None = None,
     batch: str | None = None,
-) -> Method:
+) -> ResolvedMethod:
     """A preset with the user's own choices put in and its cadence made a number.
 
     Raises:
-        UsageError: an unknown name, a cadence that does not fit the horizon, or a mix that has no meaning.
+        UsageError: an unknown name, a cadence that does not fit the horizon, or an invalid combination.
     """
     if isinstance(method, str):
         if method not in METHODS:
@@ -182,14 +197,14 @@ def resolve(
         raise UsageError(f"horizon is {horizon}; a trajectory needs at least 1 inner step")
     metagrad = metagrad or method.metagrad
     own_batch = "train" if metagrad in _WITHOUT_BATCH else method.batch
-    mixed = replace(
-        method,
-        meta_every=method.cadence(horizon) if meta_every is None else meta_every,
-        carry=carry or method.carry,
-        adapt=adapt or method.adapt,
-        metagrad=metagrad,
-        batch=batch or own_batch,
-    )
+    chosen = {
+        "meta_every": method.cadence(horizon) if meta_every is None else meta_every,
+        "carry": carry or method.carry,
+        "adapt": adapt or method.adapt,
+        "metagrad": metagrad,
+        "batch": batch or own_batch,
+    }
+    mixed = ResolvedMethod(**{**asdict(method), **chosen})
     for name, known in (
         ("metagrad", METAGRADS),
         ("carry", CARRIES),
@@ -199,12 +214,12 @@ def resolve(
         value = getattr(mixed, name)
         if value not in known:
             raise UsageError(f"unknown {name} {value!r}{nearest(value, known)}")
-    _refuse_meaningless(mixed, horizon)
+    _refuse_invalid(mixed, horizon)
     return mixed
 
 
-def _refuse_meaningless(method: Method, horizon: int) -> None:
-    every = method.meta_every or 0
+def _refuse_invalid(method: ResolvedMethod, horizon: int) -> None:
+    every = method.meta_every
     if every < 1 or every > horizon:
         raise UsageError(f"meta_every is {every}; use a number from 1 to the horizon, {horizon}")
     if horizon % every:

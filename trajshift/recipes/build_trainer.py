@@ -96,7 +96,7 @@ def _carry(name: str | None) -> str | Carry | None:
     except TypeError as error:
         raise UsageError(f"carry {name!r} could not be called without arguments: {error}") from error
     if not isinstance(made, Carry):
-        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.algorithm.carries.Carry")
+        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.Carry")
     return made
 
 
@@ -164,9 +164,10 @@ def unshared(trainer: MetaTrainer) -> list[str]:
 
     Images of unequal channels make the first layer such a one, which is seldom wanted.
     """
-    task = next(iter(trainer.roster.tasks.values()))
-    module = fresh_module(trainer.blueprint.factory, task, head_key(trainer.seed, task.name))
-    heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
+    run = trainer.meta_step
+    task = next(iter(run.active.tasks.values()))
+    module = fresh_module(run.active.blueprint.factory, task, head_key(run.seed, task.name))
+    heads, shared = run.active.blueprint.heads, {entry.name for entry in run.layout.entries}
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return [name for name in names if name not in shared and not is_in_head(name, heads)]
 
@@ -186,7 +187,7 @@ def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
 
 
 def finetune_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's arguments for `finetune.finetune`, its seed included."""
+    """The recipe's arguments for `finetune`, its seed included."""
     return {
         **asdict(recipe.finetune),
         "model": model_factory(recipe),

@@ -1,6 +1,6 @@
 """The run driver: meta-trains a recipe into its run directory, stops cleanly, resumes bit for bit.
 
-The numbers come from `loop.MetaTrainer`; here is only when to log, when to save and when to stop.
+The numbers come from `trainer.MetaTrainer`; here is only when to log, when to save and when to stop.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Run:
                     raise UsageError(f"{newest} was written by another recipe; remove it or start a new run")
                 assert self.old is not None
                 check_boundary(self.old, self.recipe, int(newest.name))
-                checkpoint.load(newest, self.trainer)
+                checkpoint.load(newest, self.trainer.meta_step)
                 metrics_bytes = extra["metrics_bytes"]
         if self.first and self.old is not None:
             self.directory.cut(self.trainer.step, metrics_bytes)
@@ -247,7 +247,7 @@ class _Run:
         """Save a checkpoint; collective."""
         rows = self.directory.metrics_bytes() if self.first else 0
         extra = {"recipe": self.fingerprint, "metrics_bytes": rows}
-        checkpoint.save(self.directory.checkpoints, self.trainer, extra)
+        checkpoint.save(self.directory.checkpoints, self.trainer.meta_step, extra)
         if self.first:
             checkpoint.prune(self.directory.checkpoints, self.recipe.output.keep, self.trainer.step)
 

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trajshift.errors import UsageError
-
-if TYPE_CHECKING:
-    from trajshift.learners.learner import Learner
-    from trajshift.training.trainer import MetaTrainer
-
-
-Row = dict[str, Any]
-"""A reading as JSON values: `step` (scheduled inner steps done), `k`, `task`, `error`
-||U_k(phi + d_1 + ... + d_{k-1}) - theta_k||, taken before phi moves by d_k, and `distance` ||theta_k - phi||."""
+from trajshift.learners.learner import Learner
+from trajshift.training.step import MetaStep, Row
 
 
 class ApproximationErrorMeter:
     """Runs tasks again from the phi of now, with the same batches, and compares; no number of the run changes.
 
-    A reading after k steps costs k inner steps of the task, counted as `gauge_evaluations` and nowhere else.
+    A reading holds `step` (scheduled inner steps done), `k`, `task`, `error` ||U_k(phi + d_1 + ... + d_{k-1}) -
+    theta_k||, taken before phi moves by d_k, and `distance` ||theta_k - phi||. After k steps it costs k inner steps of
+    the task, counted as `gauge_evaluations` and nowhere else.
     Readings pile up until they are taken.
 
     Args:
@@ -38,7 +32,7 @@ class ApproximationErrorMeter:
 
     @classmethod
     def every(cls, steps: int, horizon: int) -> ApproximationErrorMeter:
-        """A gauge that measures one task after every so many inner steps of a round.
+        """A meter that measures one task after every so many inner steps of a round.
 
         Raises:
             UsageError: fewer than 1 step, or more than a round has.
@@ -47,39 +41,42 @@ class ApproximationErrorMeter:
             raise UsageError(f"error_every is {steps}; use a number of inner steps from 1 to the horizon, {horizon}")
         return cls(lambda k: k % steps == 0)
 
-    def chosen(self, trainer: MetaTrainer, round: int) -> Sequence[str]:
-        """The tasks to measure in a round; those of other ranks too."""
-        names = trainer.roster.sampled(round)
+    def to_snapshot(self, run: MetaStep) -> Sequence[str]:
+        """The tasks to measure in the round that begins; those of other ranks too."""
+        return self._chosen(run, run.round)
+
+    def _chosen(self, run: MetaStep, round: int) -> Sequence[str]:
+        names = run.active.sampled(round)
         return names if self._every_task else [names[round % len(names)]]
 
-    def look(self, trainer: MetaTrainer) -> None:
+    def look(self, run: MetaStep) -> None:
         """Measures, if it is time; called between an inner step and the meta-update."""
-        done, k = trainer.step, (trainer.step - 1) % trainer.horizon + 1
+        done, k = run.step, (run.step - 1) % run.horizon + 1
         if not self._when(k):
             return
-        chosen = self.chosen(trainer, (done - 1) // trainer.horizon)
-        for learner in trainer.learners:
-            # A run that was resumed inside a round, and had no gauge before, has no snapshot in this one.
-            if learner.task.name in chosen and learner.task.name in trainer.roster.snapshots:
-                theta = trainer.theta[learner.row]
-                exact = self._run_again(trainer, learner, k)
-                lengths = torch.linalg.vector_norm(torch.stack((exact - theta, theta - trainer.phi)), dim=1)
+        chosen = self._chosen(run, (done - 1) // run.horizon)
+        for learner in run.active.learners:
+            # A run that was resumed inside a round, and had no meter before, has no snapshot in this one.
+            if learner.task.name in chosen and learner.task.name in run.active.snapshots:
+                theta = run.active.theta[learner.row]
+                exact = self._run_again(run, learner, k)
+                lengths = torch.linalg.vector_norm(torch.stack((exact - theta, theta - run.phi)), dim=1)
                 self._readings.append((done, k, learner.task.name, lengths))
-                trainer.tally.counts["gauge_evaluations"] += k
+                run.counters.counts["gauge_evaluations"] += k
 
-    def _run_again(self, trainer: MetaTrainer, learner: Learner, k: int) -> Tensor:
+    def _run_again(self, run: MetaStep, learner: Learner, k: int) -> Tensor:
         """U_k(phi) `[P]`; the learner and its row are put back."""
-        row = trainer.theta[learner.row]
-        theta, gradient = row.clone(), trainer.roster.gradients[learner.row].clone()
+        row, last_gradient = run.active.theta[learner.row], run.active.gradients[learner.row]
+        theta, gradient = row.clone(), last_gradient.clone()
         tensors, numbers = learner.state()
         kept = {label: tensor.clone() for label, tensor in tensors.items()}
-        learner.load(*trainer.roster.snapshots[learner.task.name])
-        row.copy_(trainer.phi)
-        for step in range(trainer.step - k, trainer.step):
-            trainer.step_of(learner, step)
+        learner.load(*run.active.snapshots[learner.task.name])
+        row.copy_(run.phi)
+        for index in range(run.step - k, run.step):
+            run.inner_update(learner, run.moment(index))
         exact = row.clone()
         row.copy_(theta)
-        trainer.roster.gradients[learner.row].copy_(gradient)
+        last_gradient.copy_(gradient)
         learner.load(kept, numbers)
         return exact
 

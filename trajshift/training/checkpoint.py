@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load as parse
@@ -23,9 +23,7 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.training.approximation_error import joined
-
-if TYPE_CHECKING:
-    from trajshift.training.trainer import MetaTrainer
+from trajshift.training.step import MetaStep
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"\d{9}")
@@ -65,18 +63,18 @@ def _digest(manifest: dict[str, Any]) -> str:
 # -- what is saved -------------------------------------------------------------------------------------------
 
 
-def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    outer, numbers = trainer.outer.state()
-    tensors = {f"phi/{name}": view for name, view in trainer.layout.views(trainer.phi).items()}
+def _shared_state(run: MetaStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    outer, numbers = run.meta_optimizer.state()
+    tensors = {f"phi/{name}": view for name, view in run.layout.views(run.phi).items()}
     tensors |= {f"outer/{name}": tensor for name, tensor in outer.items()}
-    tensors["update_norm"] = trainer.tally.update_norm
-    if trainer.pending is not None:
-        tensors |= {f"pending/{name}": view for name, view in trainer.layout.views(trainer.pending()).items()}
-    readings = trainer.gauge.rows() if trainer.gauge is not None else []
-    gathered = trainer.world.gather((dict(trainer.tally.counts), list(trainer.roster.names), readings))
+    tensors["update_norm"] = run.counters.update_norm
+    if run.pending is not None:
+        tensors |= {f"pending/{name}": view for name, view in run.layout.views(run.pending()).items()}
+    readings = run.observer.rows() if run.observer is not None else []
+    gathered = run.world.gather((dict(run.counters.counts), list(run.active.names), readings))
     return tensors, {
-        "step": trainer.step,
-        "inner_steps": trainer.tally.inner_steps,
+        "step": run.step,
+        "inner_steps": run.counters.inner_steps,
         "counts": dict(sorted(sum((Counter(counts) for counts, _, _ in gathered), Counter()).items())),
         "seated": sorted(name for _, names, _ in gathered for name in names),
         "readings": joined(rows for _, _, rows in gathered),
@@ -84,55 +82,55 @@ def _shared_state(trainer: MetaTrainer) -> tuple[dict[str, Tensor], dict[str, An
     }
 
 
-def _task_state(trainer: MetaTrainer, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    roster = trainer.roster
-    if name not in roster.names:
-        return dict(roster.waiting.get(name, {})), {}
-    row = roster.names.index(name)
-    tensors, numbers = roster.learners[row].state()
-    everything: dict[str, Any] = {"optimizer": numbers, "loss_count": trainer.tally.loss_count[row]}
+def _task_state(run: MetaStep, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    active = run.active
+    if name not in active.names:
+        return dict(active.waiting.get(name, {})), {}
+    row = active.names.index(name)
+    tensors, numbers = active.learners[row].state()
+    everything: dict[str, Any] = {"optimizer": numbers, "loss_count": run.counters.loss_count[row]}
     tensors = tensors | {
-        "tally/loss_sum": trainer.tally.loss_sum[row],
-        "tally/first_bad_step": trainer.tally.first_bad_step[row],
+        "tally/loss_sum": run.counters.loss_sum[row],
+        "tally/first_bad_step": run.counters.first_bad_step[row],
     }
-    if trainer.k:
-        views = trainer.layout.views(trainer.theta[row])
+    if run.k:
+        views = run.layout.views(run.theta[row])
         tensors |= {f"theta/{label}": view for label, view in views.items()}
-        tensors |= {f"metagrad/{label}": state[row] for label, state in trainer.metagrad.state().items()}
-        tensors |= {f"carry/{label}": state[row] for label, state in trainer.carry.state().items()}
-    if trainer.k and name in roster.snapshots:
-        kept, kept_numbers = roster.snapshots[name]
+        tensors |= {f"metagrad/{label}": state[row] for label, state in run.meta_gradient.state().items()}
+        tensors |= {f"carry/{label}": state[row] for label, state in run.carry.state().items()}
+    if run.k and name in active.snapshots:
+        kept, kept_numbers = active.snapshots[name]
         tensors |= {f"snapshot/{label}": tensor for label, tensor in kept.items()}
         everything["snapshot"] = kept_numbers
     return tensors, everything
 
 
-def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = None) -> Path:
-    """Writes a checkpoint of the trainer under `directory`; call it on every rank.
+def save(directory: Path, run: MetaStep, extra: dict[str, Any] | None = None) -> Path:
+    """Writes a checkpoint of the run under `directory`; call it on every rank.
 
     Args:
         directory: the run's `checkpoints/`.
-        trainer: between two inner steps.
+        run: between two inner steps.
         extra: JSON values to find again with `load`.
 
     Raises:
         UsageError: phi differs between ranks, or the disk takes no more (nothing half-written is left).
     """
-    world, roster = trainer.world, trainer.roster
-    world.same(trainer.initialization.digest(), f"phi at step {trainer.step}")
-    final = directory / f"{trainer.step:09d}"
+    world, active = run.world, run.active
+    world.same(run.initialization.digest(), f"phi at step {run.step}")
+    final = directory / f"{run.step:09d}"
     temporary = directory / f"{final.name}.tmp"
-    shared, numbers = _shared_state(trainer)
+    shared, numbers = _shared_state(run)
     failure = world.gather(_make_anew(temporary) if world.rank == 0 else "")[0]
     files: dict[str, str] = {}
     tasks: dict[str, Any] = {}
     try:
         if world.rank == 0 and not failure:
             files["shared.safetensors"] = _write(temporary / "shared.safetensors", _pack(shared))
-        for index, name in enumerate(roster.tasks):
-            if roster.home[name] == world.rank and not failure:
+        for index, name in enumerate(active.tasks):
+            if active.home[name] == world.rank and not failure:
                 file = _file_name(index, name)
-                tensors, task_numbers = _task_state(trainer, name)
+                tensors, task_numbers = _task_state(run, name)
                 files[file] = _write(temporary / file, _pack(tensors))
                 tasks[name] = {"file": file, "numbers": task_numbers}
     except OSError as error:
@@ -143,7 +141,7 @@ def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = N
         manifest = {
             "numbers": numbers,
             "files": dict(sorted(pair for files, _, _ in gathered for pair in files.items())),
-            "tasks": {name: one[name] for name in roster.tasks for _, one, _ in gathered if name in one},
+            "tasks": {name: one[name] for name in active.tasks for _, one, _ in gathered if name in one},
             "extra": extra or {},
         }
         failure = _finish(temporary, final, manifest)
@@ -152,7 +150,7 @@ def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = N
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UsageError(
-            f"the checkpoint of step {trainer.step} could not be written to {directory} ({failure}); "
+            f"the checkpoint of step {run.step} could not be written to {directory} ({failure}); "
             "make room and resume the run"
         )
     return final
@@ -250,8 +248,8 @@ def prune(directory: Path, keep: int | None, step: int | None = None) -> None:
 # -- loading -------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
-    """Puts a checkpoint into a freshly made trainer, at any world size; returns `extra`. Call it on every rank.
+def load(path: Path, run: MetaStep) -> dict[str, Any]:
+    """Puts a checkpoint into a freshly made run, at any world size; returns `extra`. Call it on every rank.
 
     Tasks may have joined or left if the checkpoint lies at a round boundary.
 
@@ -261,35 +259,35 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
     """
     manifest = verify(path)
     numbers, tasks = manifest["numbers"], manifest["tasks"]
-    trainer.step = numbers["step"]
-    if trainer.k and list(tasks) != list(trainer.roster.tasks):
+    run.step = numbers["step"]
+    if run.k and list(tasks) != list(run.active.tasks):
         raise UsageError(
             f"checkpoint {path} lies in the middle of a round, where tasks cannot join or leave; "
             "resume with the tasks it was made with"
         )
-    _load_shared(path, trainer, numbers)
-    states = {name: parse((path / tasks[name]["file"]).read_bytes()) for name in trainer.roster.local if name in tasks}
-    trainer.roster.waiting = {name: _only(tensors, ("own/", "buffer/")) for name, tensors in states.items() if tensors}
+    _load_shared(path, run, numbers)
+    states = {name: parse((path / tasks[name]["file"]).read_bytes()) for name in run.active.local if name in tasks}
+    run.active.waiting = {name: _only(tensors, ("own/", "buffer/")) for name, tensors in states.items() if tensors}
     seated = [name for name in states if name in numbers["seated"]]
-    trainer.roster.resume(seated, (trainer.step - 1) // trainer.horizon if trainer.k else None)
-    trainer.tally.seat(trainer.roster.names)
-    for row, learner in enumerate(trainer.learners):
-        _load_row(trainer, row, states[learner.task.name], tasks[learner.task.name]["numbers"])
-    if trainer.k:
-        trainer.metagrad.begin(trainer.theta)
-        trainer.carry.begin(trainer)
-        rows = [states[name] for name in trainer.roster.names]
+    run.active.resume(seated, (run.step - 1) // run.horizon if run.k else None)
+    run.counters.seat(run.active.names)
+    for row, learner in enumerate(run.learners):
+        _load_row(run, row, states[learner.task.name], tasks[learner.task.name]["numbers"])
+    if run.k:
+        run.meta_gradient.begin(run.theta)
+        run.carry.begin(run)
+        rows = [states[name] for name in run.active.names]
         if rows:
-            trainer.metagrad.load(_stacked(rows, "metagrad/", trainer.device))
-            trainer.carry.load(_stacked(rows, "carry/", trainer.device))
-    trainer.world.same(trainer.initialization.digest(), f"phi of the checkpoint of step {trainer.step}")
+            run.meta_gradient.load(_stacked(rows, "metagrad/", run.device))
+            run.carry.load(_stacked(rows, "carry/", run.device))
+    run.world.same(run.initialization.digest(), f"phi of the checkpoint of step {run.step}")
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
-def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> None:
+def _load_shared(path: Path, run: MetaStep, numbers: dict[str, Any]) -> None:
     shared = parse((path / "shared.safetensors").read_bytes())
-    views = trainer.layout.views(trainer.phi)
+    views = run.layout.views(run.phi)
     unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
     if unknown:
         raise UsageError(f"checkpoint {path} is of another model: {unknown[0]!r} is not shared here; use that model")
@@ -299,28 +297,28 @@ def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> N
             what = f"{name!r} of shape {tuple(view.shape)} and {view.dtype}"
             raise UsageError(f"checkpoint {path} is of another model: it has no {what}; use the model it was made with")
         view.copy_(saved)
-    trainer.outer.load({n: t.to(trainer.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
-    trainer.tally.update_norm.copy_(shared["update_norm"])
-    trainer.pending = None
+    run.meta_optimizer.load({n: t.to(run.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
+    run.counters.update_norm.copy_(shared["update_norm"])
+    run.pending = None
     if pending := _strip(shared, "pending/"):
-        gradient = trainer.layout.flatten(pending, out=torch.zeros_like(trainer.phi))
-        trainer.pending = lambda: gradient
-    trainer.tally.inner_steps = numbers["inner_steps"]
-    trainer.tally.counts = Counter(numbers["counts"] if trainer.world.rank == 0 else {})
-    if trainer.gauge is not None:
-        trainer.gauge.load(numbers.get("readings", ()) if trainer.world.rank == 0 else ())
+        gradient = run.layout.flatten(pending, out=torch.zeros_like(run.phi))
+        run.pending = lambda: gradient
+    run.counters.inner_steps = numbers["inner_steps"]
+    run.counters.counts = Counter(numbers["counts"] if run.world.rank == 0 else {})
+    if run.observer is not None:
+        run.observer.load(numbers.get("readings", ()) if run.world.rank == 0 else ())
 
 
-def _load_row(trainer: MetaTrainer, row: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    learner = trainer.learners[row]
+def _load_row(run: MetaStep, row: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    learner = run.learners[row]
     learner.load(tensors, numbers["optimizer"])
-    trainer.tally.loss_sum[row] = tensors["tally/loss_sum"]
-    trainer.tally.loss_count[row] = numbers["loss_count"]
-    trainer.tally.first_bad_step[row] = tensors["tally/first_bad_step"]
-    if trainer.k:
-        trainer.layout.flatten(_strip(tensors, "theta/"), out=trainer.theta[row])
+    run.counters.loss_sum[row] = tensors["tally/loss_sum"]
+    run.counters.loss_count[row] = numbers["loss_count"]
+    run.counters.first_bad_step[row] = tensors["tally/first_bad_step"]
+    if run.k:
+        run.layout.flatten(_strip(tensors, "theta/"), out=run.theta[row])
     if "snapshot" in numbers:
-        trainer.roster.snapshots[learner.task.name] = (_strip(tensors, "snapshot/"), numbers["snapshot"])
+        run.active.snapshots[learner.task.name] = (_strip(tensors, "snapshot/"), numbers["snapshot"])
 
 
 def _stacked(states: list[dict[str, Tensor]], prefix: str, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""From what the user asked for to the parts of a run, with every mix that has no meaning refused."""
+"""From what the user asked for to the parts of a run, with invalid combinations refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trajshift.algorithm import meta_gradients as metagrads
-from trajshift.algorithm.carries import CARRIES, Carry
-from trajshift.algorithm.methods import Method, resolve
+from trajshift.algorithm.carries import Carry, build_carry
+from trajshift.algorithm.methods import Method, ResolvedMethod, resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.learners.initialization import is_statistic
 from trajshift.learners.inner_optimizer import Inner
@@ -31,14 +31,14 @@ def choose_method(
     options: dict[str, Any],
     carry: str | Carry | None,
     **choices: Any,
-) -> tuple[Method, metagrads.MetaGradient, Carry]:
+) -> tuple[ResolvedMethod, metagrads.MetaGradient, Carry]:
     """The preset with the user's choices put in, its meta-gradient and its carry."""
     name = carry if isinstance(carry, str) else None
     resolved, built = _choose_meta_gradient(
         method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices
     )
     if not isinstance(carry, Carry):
-        return resolved, built, CARRIES[resolved.carry]
+        return resolved, built, build_carry(resolved.carry)
     kind = type(carry).__name__
     if resolved.joint or resolved.adapt == "head":
         raise UsageError(f"carry {kind} with adapt head: theta never leaves phi; use carry shift, or adapt all")
@@ -52,7 +52,7 @@ def _choose_meta_gradient(
     metagrad: str | metagrads.MetaGradient | None,
     options: dict[str, Any],
     **choices: Any,
-) -> tuple[Method, metagrads.MetaGradient]:
+) -> tuple[ResolvedMethod, metagrads.MetaGradient]:
     if not isinstance(metagrad, metagrads.MetaGradient):
         resolved = resolve(method, horizon=horizon, metagrad=metagrad, **choices)
         return resolved, metagrads.build_meta_gradient(resolved.metagrad, resolved.batch, options)
@@ -61,7 +61,7 @@ def _choose_meta_gradient(
         raise UsageError(f"metagrad is a {kind} object, which already has its options; drop metagrad_options and batch")
     choices["batch"] = "heldout" if metagrad.needs_heldout else "train"
     name = metagrads.name_of(metagrad)
-    # Of a class of the user's own nothing is known that would speak against a mix.
+    # Of a class of the user's own nothing is known that would speak against a combination.
     resolved = resolve(method, horizon=horizon, metagrad=name or "last_gradient", **choices)
     if resolved.joint and name is None:
         raise UsageError(f"{resolved.name} is joint training: it allows no metagrad {kind}")
@@ -69,7 +69,7 @@ def _choose_meta_gradient(
 
 
 def choose_meta_optimizer(
-    method: Method, phi: Tensor, blueprint: Blueprint, inner: Inner, *,
+    method: ResolvedMethod, phi: Tensor, blueprint: Blueprint, inner: Inner, *,
     horizon: int, meta_lr: float | None, optimizer: Any, options: dict[str, Any],
 ) -> MetaOptimizer:  # fmt: skip
     """How phi follows the mean meta-gradient."""
@@ -81,7 +81,7 @@ def choose_meta_optimizer(
             )
         return OptimizerMetaStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
     if meta_lr is None:
-        meta_lr = method.default_meta_lr(horizon, method.meta_every or 1)
+        meta_lr = method.default_meta_lr(horizon, method.meta_every)
     if not (0.0 < meta_lr < float("inf")):
         raise UsageError(f"meta_lr is {meta_lr}; use a positive number")
     if optimizer is None:
@@ -92,7 +92,7 @@ def choose_meta_optimizer(
 
 
 def choose_model(
-    model: Factory | nn.Module, tasks: Sequence[Task], method: Method, *,
+    model: Factory | nn.Module, tasks: Sequence[Task], *,
     head: str | Sequence[str] | None, shared: Sequence[str] | None, seed: int,
     initialization: Mapping[str, Tensor] | None, device: torch.device, channels_last: bool | None,
 ) -> tuple[Blueprint, Tensor]:  # fmt: skip

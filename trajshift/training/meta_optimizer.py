@@ -17,7 +17,7 @@ class PlainMetaStep:
     """phi <- phi - beta * mean meta-gradient (Algorithm 2, lines 11 and 12)."""
 
     def __init__(self, meta_lr: float) -> None:
-        self.lr = meta_lr
+        self.lr: float | Tensor = meta_lr
 
     def step(self, phi: Tensor, gradient: Tensor) -> Tensor:
         """Moves phi `[P]` in place; returns delta `[P]`. `gradient` is overwritten."""
@@ -44,7 +44,7 @@ class OptimizerMetaStep:
         meta_lr: float,
         options: dict[str, Any],
     ) -> None:
-        self.lr = meta_lr
+        self.lr: float | Tensor = meta_lr
         self._layout = layout
         self._names = [entry.name for entry in layout.entries]
         self._parameters = [nn.Parameter(view) for view in layout.views(phi).values()]

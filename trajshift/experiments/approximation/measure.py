@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trajshift.algorithm.meta_gradients import MetaGradient
-from trajshift.algorithm.protocols import Probe
+from trajshift.algorithm.protocols import MetaGradientView
 from trajshift.experiments.approximation.measurement_plan import (
     OPTIMIZERS,
     PRESCRIBED,
@@ -22,7 +22,6 @@ from trajshift.experiments.approximation.measurement_plan import (
     networks,
 )
 from trajshift.experiments.approximation.shifts import SHIFTS
-from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.inner_optimizer import Inner
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.build_trainer import model_factory
@@ -50,9 +49,9 @@ class Prescribed(MetaGradient):
         """On to the next one."""
         self._k += 1
 
-    def read(self, probe: Probe) -> Tensor:
+    def read(self, view: MetaGradientView) -> Tensor:
         """Minus the shift, for every row `[T, P]`."""
-        return -self._shifts[self._k - 1].expand_as(probe.theta)
+        return -self._shifts[self._k - 1].expand_as(view.theta)
 
 
 class Laboratory:
@@ -131,10 +130,10 @@ class Laboratory:
 
 def _norm_of_hessian(trainer: MetaTrainer, row: int) -> float:
     """The largest absolute eigenvalue of a task's Hessian on its first batch, by power iteration."""
-    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, None)
+    passes = trainer.meta_step.passes()
     vector = normal(key(0, "power iteration"), len(trainer.phi), dtype=trainer.phi.dtype)
     size = torch.zeros(())
-    with probe.hessian(row) as product:
+    with passes.hessian(row) as product:
         for _ in range(POWER_STEPS):
             vector = product(vector)
             size = torch.linalg.vector_norm(vector)

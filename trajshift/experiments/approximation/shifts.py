@@ -15,26 +15,15 @@ Shapes: T learners, P shared numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from trajshift.algorithm.carries import Carry
+from trajshift.algorithm.protocols import CarryView
 from trajshift.errors import UsageError
-from trajshift.learners.extra_passes import ExtraPasses
-from trajshift.learners.learner import Learner
-
-if TYPE_CHECKING:
-    from trajshift.training.trainer import MetaTrainer
 
 EVERY = 10
 """Inner steps between two Hessian-vector products of one learner."""
-
-
-def momentum(trainer: MetaTrainer) -> float:
-    """mu of the inner optimizer; 0 for one that has none."""
-    return float(trainer.inner.options.get("momentum", 0.0))
 
 
 def steepness(mu: float, k: int) -> float:
@@ -42,18 +31,10 @@ def steepness(mu: float, k: int) -> float:
     return (1.0 - mu**k) / (1.0 - mu)
 
 
-def rate(trainer: MetaTrainer) -> float:
-    """alpha / (1 - mu), the rate at which SGD with momentum descends in the long run."""
-    return trainer.inner.lr / (1.0 - momentum(trainer))
-
-
-def curvature(trainer: MetaTrainer, learner: Learner, direction: Tensor) -> Tensor:
+def curvature(view: CarryView, row: int, direction: Tensor) -> Tensor:
     """H times a direction `[P]`, on the learner's last training batch; two gradient evaluations, counted."""
-    probe = ExtraPasses(trainer.roster, trainer.phi, trainer.step, trainer.autocast)
-    with probe.hessian(learner.row) as product:
-        curved = product(direction)
-    trainer.tally.counts.update(probe.counts)
-    return curved
+    with view.hessian(row) as product:
+        return product(direction)
 
 
 class ScalarShift(Carry):
@@ -63,19 +44,19 @@ class ScalarShift(Carry):
     Hessian-vector product and taken for that of all steps since the last; negative values count as zero.
     """
 
-    def begin(self, trainer: MetaTrainer) -> None:
+    def begin(self, view: CarryView) -> None:
         """No contraction yet."""
-        self._exponents = trainer.theta.new_zeros(len(trainer.theta))
+        self._exponents = view.theta.new_zeros(len(view.theta))
 
-    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+    def __call__(self, view: CarryView, delta: Tensor) -> None:
         """Shifts every row by its own multiple of delta `[P]`."""
-        if trainer.k % EVERY == 0:
-            mu, size = momentum(trainer), torch.clamp_min(delta @ delta, torch.finfo(delta.dtype).tiny)
-            worth = sum(steepness(mu, k) for k in range(trainer.k - EVERY + 1, trainer.k + 1))
-            for learner in trainer.learners:
-                along = (delta @ curvature(trainer, learner, delta)) / size
-                self._exponents[learner.row] += trainer.inner.lr * worth * along.clamp_min(0.0)
-        trainer.theta.addcmul_(torch.exp(-self._exponents)[:, None], delta)
+        if view.k % EVERY == 0:
+            mu, size = view.momentum, torch.clamp_min(delta @ delta, torch.finfo(delta.dtype).tiny)
+            worth = sum(steepness(mu, k) for k in range(view.k - EVERY + 1, view.k + 1))
+            for row in range(len(view.theta)):
+                along = (delta @ curvature(view, row, delta)) / size
+                self._exponents[row] += view.inner_lr * worth * along.clamp_min(0.0)
+        view.theta.addcmul_(torch.exp(-self._exponents)[:, None], delta)
 
     def state(self) -> dict[str, Tensor]:
         """The exponents `[T]`."""
@@ -95,17 +76,16 @@ class DiagonalShift(Carry):
 
     needs_gradients = True
 
-    def begin(self, trainer: MetaTrainer) -> None:
+    def begin(self, view: CarryView) -> None:
         """No contraction yet."""
-        self._exponents = torch.zeros_like(trainer.theta)
+        self._exponents = torch.zeros_like(view.theta)
 
-    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+    def __call__(self, view: CarryView, delta: Tensor) -> None:
         """Shifts every number of every row by its own multiple of delta `[P]`."""
-        gradients = trainer.roster.gradients
-        for learner in trainer.learners:
-            row, scale = learner.row, rate(trainer) * learner.batches.batch_size
-            self._exponents[row].addcmul_(gradients[row], gradients[row], value=scale)
-        trainer.theta.addcmul_(torch.exp(-self._exponents), delta)
+        rate = view.inner_lr / (1.0 - view.momentum)  # at which SGD with momentum descends in the long run
+        for row, gradient in enumerate(view.gradients):
+            self._exponents[row].addcmul_(gradient, gradient, value=rate * view.batch_size(row))
+        view.theta.addcmul_(torch.exp(-self._exponents), delta)
 
     def state(self) -> dict[str, Tensor]:
         """The exponents `[T, P]`."""
@@ -123,22 +103,22 @@ class VelocityShift(Carry):
     two Hessian-vector products. Needs SGD with momentum.
     """
 
-    def begin(self, trainer: MetaTrainer) -> None:
+    def begin(self, view: CarryView) -> None:
         """Nothing is owed yet."""
         # Equal rows: a checkpoint stores state task by task.
-        self._velocity, self._theta = torch.zeros_like(trainer.theta), torch.zeros_like(trainer.theta)
+        self._velocity, self._theta = torch.zeros_like(view.theta), torch.zeros_like(view.theta)
 
-    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+    def __call__(self, view: CarryView, delta: Tensor) -> None:
         """Shifts every row by delta `[P]`, and pays if it is time."""
-        trainer.theta.add_(delta)
-        mu, k = momentum(trainer), trainer.k
+        view.theta.add_(delta)
+        mu, k = view.momentum, view.k
         self._velocity *= mu
-        self._theta.sub_(self._velocity, alpha=trainer.inner.lr)
+        self._theta.sub_(self._velocity, alpha=view.inner_lr)
         self._velocity.add_(delta, alpha=steepness(mu, k))
-        self._theta.sub_(delta, alpha=trainer.inner.lr * self.contraction(mu, k))
+        self._theta.sub_(delta, alpha=view.inner_lr * self.contraction(mu, k))
         if k % EVERY == 0:
-            for learner in trainer.learners:
-                self._pay(trainer, learner)
+            for row in range(len(view.theta)):
+                self._pay(view, row, delta)
             self._velocity.zero_()
             self._theta.zero_()
 
@@ -146,18 +126,13 @@ class VelocityShift(Carry):
         """S_k, or zero where theta's own contraction is left out."""
         return 0.0
 
-    def _pay(self, trainer: MetaTrainer, learner: Learner) -> None:
-        owed = curvature(trainer, learner, self._theta[learner.row])
+    def _pay(self, view: CarryView, row: int, delta: Tensor) -> None:
+        owed = curvature(view, row, self._theta[row])
         # Where alpha h k is above 1 the first order is no estimate: it must not outweigh the identity.
         length = torch.linalg.vector_norm(owed).clamp_min(torch.finfo(owed.dtype).tiny)
-        trainer.theta[learner.row] += owed * (EVERY * trainer.tally.update_norm / length).clamp_max(1.0)
-        views = trainer.layout.views(curvature(trainer, learner, self._velocity[learner.row]))
-        for name, parameter in learner.shared.items():
-            buffer = learner.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                buffer.add_(views[name])
-            elif momentum(trainer):
-                raise UsageError(f"{type(self).__name__} needs SGD; set inner.optimizer=sgd, or drop the carry")
+        view.theta[row] += owed * (EVERY * torch.linalg.vector_norm(delta) / length).clamp_max(1.0)
+        if not view.shift_momentum(row, curvature(view, row, self._velocity[row])) and view.momentum:
+            raise UsageError(f"{type(self).__name__} needs SGD; set inner.optimizer=sgd, or drop the carry")
 
     def state(self) -> dict[str, Tensor]:
         """What is owed, `[T, P]` each."""

@@ -174,7 +174,7 @@ def resting_points(k: int, seed: int | None, settings: Settings) -> Optima:
 
 def trajectories(method: str, settings: Settings) -> Run:
     """phi of one method from the fixed starts on the published tasks, K * M meta-updates."""
-    every = resolve(method, horizon=settings.horizon).meta_every or 1
+    every = resolve(method, horizon=settings.horizon).meta_every
     return run(method, torch.tensor(STARTS, dtype=torch.float64), rounds=settings.rounds * every, **settings.learning())
 
 

@@ -36,7 +36,7 @@ def limit_of(method: str, limit: Limit, settings: Settings) -> Limit:
     chosen = resolve(method, horizon=settings.horizon)
     if limit.unit == "meta-updates" or chosen.carry == "replay":
         return limit
-    return Limit("meta-updates", limit.amount // (chosen.meta_every or 1))
+    return Limit("meta-updates", limit.amount // chosen.meta_every)
 
 
 def key_of(phase: str, method: str, limit: Limit, *seed: int) -> Key:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trajshift.algorithm import meta_gradients as metagrads
-from trajshift.algorithm.methods import Method, resolve
+from trajshift.algorithm.methods import Method, ResolvedMethod, resolve
 from trajshift.algorithm.protocols import Hessian
 from trajshift.errors import UsageError
 from trajshift.experiments.landscape import himmelblau
@@ -121,7 +121,7 @@ def updates(
     return _Twin(tasks or himmelblau.tasks(), first, chosen, metagrad, rates, seed).run(horizon, rounds)
 
 
-def _offered(method: str | Method, horizon: int, choices: dict[str, Any]) -> Method:
+def _offered(method: str | Method, horizon: int, choices: dict[str, Any]) -> ResolvedMethod:
     chosen = resolve(method, horizon=horizon, **choices)
     reason = None
     if chosen.adapt == "head":
@@ -146,7 +146,7 @@ class _Twin:
         self,
         landscape: Landscape,
         starts: Tensor,
-        method: Method,
+        method: ResolvedMethod,
         metagrad: metagrads.MetaGradient,
         rates: _Rates,
         seed: int,
@@ -165,7 +165,7 @@ class _Twin:
 
     def run(self, horizon: int, rounds: int | None) -> Iterator[Update]:
         """Algorithms 1 and 2, as `MetaTrainer.advance` has them."""
-        every = self.method.meta_every or 1
+        every = self.method.meta_every
         yield self._update()
         for _ in count() if rounds is None else range(rounds):
             self._begin()
@@ -201,7 +201,7 @@ class _Twin:
             self.metagrad.observe(_rows(self.theta), losses.flatten(), _rows(self.gradient))
 
     def _meta_update(self) -> Tensor:
-        rows = self.metagrad.read(_Probe(self))
+        rows = self.metagrad.read(_View(self))
         delta = rows.T.reshape(self.theta.shape).mean(1).mul_(-self.rates.meta_lr)
         self.phi += delta
         return delta
@@ -235,7 +235,7 @@ def _normals(keys: list[int]) -> Tensor:
     return radius * torch.cos(drawn[2:] * (2.0 * math.pi * 2.0**-32))
 
 
-class _Probe:
+class _View:
     """What the core's meta-gradients ask for: every task of every start is a row."""
 
     def __init__(self, twin: _Twin) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trajshift.algorithm.meta_gradients import Displacement, LastGradient
 from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.sources import ArraySource, MappedSource, as_source
@@ -26,9 +26,7 @@ from trajshift.errors import UsageError
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
 from trajshift.training.meta_optimizer import PlainMetaStep
-
-if TYPE_CHECKING:
-    from trajshift.training.trainer import MetaTrainer
+from trajshift.training.step import MetaStep, Moment
 
 AHEAD = 128
 """Steps for which indices, augmentation and learning rates are put on the device at once."""
@@ -189,8 +187,8 @@ class Graph(Engine):
 
     Args:
         recorder: how.
-        or_loop: go on with the loop where a step cannot be recorded after all, such as that of a model which reads a
-            value on the host; False stops the run.
+        or_loop: continue as the loop does where a step cannot be recorded after all, such as that of a model which
+            reads a value on the host; False stops the run.
     """
 
     name = "graph"
@@ -206,74 +204,97 @@ class Graph(Engine):
         self._expected = -1
 
     @staticmethod
-    def obstacle(trainer: MetaTrainer) -> str | None:
+    def obstacle(run: MetaStep) -> str | None:
         """Why this run cannot be recorded, or None."""
-        method, roster = trainer.method, trainer.roster
-        if trainer.world.size > 1 or trainer.overlap:
+        method, active = run.method, run.active
+        if run.world.size > 1 or run.overlap:
             return "several ranks talk between steps"
-        if type(trainer.metagrad) not in (Displacement, LastGradient) or trainer.metagrad.needs_heldout:
+        if not run.meta_gradient.recordable:
             return f"meta-gradient {method.metagrad} ({method.batch}) is not made of recorded steps alone"
-        if method.carry not in ("shift", "hold"):
+        if not run.carry.recordable:
             return f"carry {method.carry} is not the same work at every step"
-        if trainer.gauge is not None:
+        if run.observer is not None:
             return "the approximation error is measured meanwhile"
-        if "optimizer" in trainer.renew or roster.rows < len(roster.local):
+        if "optimizer" in run.renew or active.rows < len(active.local):
             return "each round has new learners"
-        if trainer.inner.flat or not _recordable(trainer):
-            return f"optimizer {trainer.inner.optimizer} is not one fused kernel"
-        for task in roster.tasks.values():
-            if not lies_on(trainer.device, as_source(task.train)):
+        if run.inner.flat or not _reads_its_rate_on_the_device(run):
+            return f"optimizer {run.inner.optimizer} is not one fused kernel"
+        for task in active.tasks.values():
+            if not lies_on(run.device, as_source(task.train)):
                 return f"the examples of task {task.name!r} are not held on the device"
             if task.transform is not None and type(task.transform) is not ImageTransform:
                 return f"the transform of task {task.name!r} is not trajshift's own"
         return None
 
-    def begin(self, trainer: MetaTrainer) -> None:
+    def begin(self, run: MetaStep) -> None:
         """Forgets what was recorded where a tensor lies elsewhere now."""
-        addresses = _addresses(trainer)
+        if self.name != "graph":
+            return
+        addresses = _addresses(run)
         if addresses == self._addresses:
             return
         self._addresses, self._warm = addresses, _WARMUP
         self._met.clear()
         self._steps.clear()
         self._recorder.forget()
-        self._clock = Clock(trainer.device)
-        self._losses = trainer.theta.new_zeros(len(trainer.learners))
-        self._feeds = [Feed(learner.batches, _transform(learner.task.transform)) for learner in trainer.learners]
+        self._clock = Clock(run.device)
+        self._losses = run.theta.new_zeros(len(run.learners))
+        self._feeds = [Feed(learner.batches, _transform(learner.task.transform)) for learner in run.learners]
         self._expected = -1
 
-    def step(self, trainer: MetaTrainer) -> tuple[Tensor, bool]:
+    def step(self, run: MetaStep) -> tuple[Tensor, bool]:
         """Takes the recorded step, or records it first."""
-        jumped = trainer.step != self._expected
+        if self.name != "graph":
+            return super().step(run)
+        jumped = run.step != self._expected
         if jumped:
-            self.begin(trainer)  # a checkpoint may have put tensors elsewhere
-        if jumped or trainer.step % AHEAD == 0:
-            self._fill(trainer)
-        after = (trainer.step + 1) % trainer.horizon
-        kind = due, _ = (after % (trainer.method.meta_every or 1) == 0, after != 0)
-        body = self._body(trainer, *kind)
+            self.begin(run)  # a checkpoint may have put tensors elsewhere
+        if jumped or run.step % AHEAD == 0:
+            self._fill(run)
+        moment = run.moment(run.step)
+        kind = moment.due, moment.carried
+        body = self._body(run, moment)
         if self._warm or kind not in self._met:  # its first use of libraries must not be recorded
             self._met.add(kind)
-            self._warm_up(trainer, body)
-        elif kind in self._steps or self._record(trainer, kind, body):
+            self._warm_up(run, body)
+        elif kind in self._steps or self._record(run, kind, body):
             self._steps[kind]()
         else:
-            return trainer.engine.step(trainer)
-        if trainer.method.joint:
-            trainer.outer.lr = trainer.inner.lr_at(trainer.k / trainer.horizon)
-        trainer.step += 1
-        trainer.tally.count_step()
-        self._expected = trainer.step
-        return self._losses.clone(), due
+            return super().step(run)
+        run.count()
+        self._expected = run.step
+        return self._losses.clone(), moment.due
 
-    def _warm_up(self, trainer: MetaTrainer, body: Body) -> None:
+    def _body(self, run: MetaStep, moment: Moment) -> Body:
+        """The work of a step, from the clock and the tables."""
+        clock = self._clock
+        recorded = replace(moment, number=clock.step, lr=clock.lr)
+
+        def body() -> None:
+            clock.read()
+            run.inner_step(recorded, self._side_by_side)
+            run.meta_update(recorded)
+            clock.advance()
+
+        return body
+
+    def _side_by_side(self, run: MetaStep, moment: Moment) -> Tensor:
+        """The inner step of every learner, each on one of the lanes."""
+        losses = []
+        for row, (learner, feed) in enumerate(zip(run.learners, self._feeds, strict=True)):
+            with self._recorder.lane(row):
+                losses.append(run.inner_update(learner, moment, feed.batch(self._clock), seeded=False))
+        self._recorder.join()
+        return torch.stack(losses, out=self._losses)
+
+    def _warm_up(self, run: MetaStep, body: Body) -> None:
         """Takes the step without recording it."""
-        with without_draws(trainer), self._recorder.warm():
+        with without_draws(run), self._recorder.warm():
             body()
         self._warm = max(0, self._warm - 1)
-        self._addresses = _addresses(trainer)  # the inner optimizers have made their state now
+        self._addresses = _addresses(run)  # the inner optimizers have made their state now
 
-    def _record(self, trainer: MetaTrainer, kind: tuple[bool, bool], body: Body) -> bool:
+    def _record(self, run: MetaStep, kind: tuple[bool, bool], body: Body) -> bool:
         """Records the step, or leaves the rest to the loop; a recording that failed has done nothing on the device.
 
         What the failed step has computed goes with its traceback when this returns: the loop's steps are on another
@@ -284,51 +305,31 @@ class Graph(Engine):
         except RuntimeError as error:
             first_line = str(error.__context__ or error).partition("\n")[0]
             reason = f"a step cannot be recorded as a CUDA graph ({first_line})"
-            for learner in trainer.learners:
+            for learner in run.learners:
                 learner.forget_gradients()
             if not self._or_loop:
                 raise UsageError(f"engine graph: {reason}; use engine=auto or engine=loop") from error
-            warnings.warn(f"{reason}; the run goes on with engine loop", stacklevel=3)
-            trainer.engine = Engine(why=reason)
+            warnings.warn(f"{reason}; the run continues with engine loop", stacklevel=3)
+            self.name, self.why = "loop", reason
+            self._steps.clear()
             return False
         return True
 
-    def _fill(self, trainer: MetaTrainer) -> None:
-        first = trainer.step - trainer.step % AHEAD
-        rates = [trainer.inner.lr_at(step % trainer.horizon / trainer.horizon) for step in range(first, first + AHEAD)]
-        self._clock.set(trainer.step, rates)
+    def _fill(self, run: MetaStep) -> None:
+        first = run.step - run.step % AHEAD
+        rates = [run.inner.lr_at(step % run.horizon / run.horizon) for step in range(first, first + AHEAD)]
+        self._clock.set(run.step, rates)
         for feed in self._feeds:
             feed.fill(first)
 
-    def _body(self, trainer: MetaTrainer, due: bool, carried: bool) -> Body:
-        """A step as `MetaTrainer.take_step` does it, from the clock and the tables."""
-        clock = self._clock
 
-        def body() -> None:
-            clock.read()
-            if trainer.method.joint:
-                trainer.outer.lr = clock.lr  # type: ignore[assignment]  # the device reads it
-            losses = []
-            for row, (learner, feed) in enumerate(zip(trainer.learners, self._feeds, strict=True)):
-                with self._recorder.lane(row):
-                    losses.append(trainer.inner_update(learner, feed.batch(clock), lr=clock.lr, ends=due))
-            self._recorder.join()
-            torch.stack(losses, out=self._losses)
-            trainer.observe(self._losses, clock.step)
-            if due:
-                trainer.move_phi(trainer.mean_gradient(), carry=carried)
-            clock.advance()
-
-        return body
-
-
-def lanes_for(trainer: MetaTrainer) -> int:
+def lanes_for(run: MetaStep) -> int:
     """How many learners of a run that can be recorded should run side by side."""
     sizes = []
-    for task in trainer.roster.tasks.values():
+    for task in run.active.tasks.values():
         source = as_source(task.train)
         assert isinstance(source, (ArraySource, MappedSource))
-        sizes.append((task.batch_size or trainer.roster.batch_size) * (source.bytes // len(source)))
+        sizes.append((task.batch_size or run.active.batch_size) * (source.bytes // len(source)))
     return LANES if max(sizes) <= SMALL else 1
 
 
@@ -336,23 +337,23 @@ def _transform(transform: object) -> ImageTransform | None:
     return transform if isinstance(transform, ImageTransform) else None
 
 
-def _recordable(trainer: MetaTrainer) -> bool:
-    """Whether the inner optimizer reads its learning rate on the device, and the meta-optimizer none at all."""
-    probe = trainer.inner.build_optimizer([torch.nn.Parameter(torch.zeros(1, device=trainer.device))])
-    fused = isinstance(probe, torch.optim.SGD) and all(group["fused"] for group in probe.param_groups)
-    return fused and (trainer.method.joint or isinstance(trainer.outer, PlainMetaStep))
+def _reads_its_rate_on_the_device(run: MetaStep) -> bool:
+    """Whether the inner optimizer does, and the meta-optimizer needs none."""
+    trial = run.inner.build_optimizer([torch.nn.Parameter(torch.zeros(1, device=run.device))])
+    fused = isinstance(trial, torch.optim.SGD) and all(group["fused"] for group in trial.param_groups)
+    return fused and (run.method.joint or isinstance(run.meta_optimizer, PlainMetaStep))
 
 
-def _addresses(trainer: MetaTrainer) -> tuple[int, ...]:
+def _addresses(run: MetaStep) -> tuple[int, ...]:
     """Of all tensors that a recorded step uses."""
-    return tuple(tensor.data_ptr() for tensor in _state(trainer))
+    return tuple(tensor.data_ptr() for tensor in _state(run))
 
 
-def _state(trainer: MetaTrainer) -> Iterator[Tensor]:
-    yield from (trainer.phi, trainer.theta, trainer.roster.gradients, trainer.roster.weights)
-    yield from (trainer.tally.loss_sum, trainer.tally.first_bad_step, trainer.tally.update_norm)
-    for learner in trainer.learners:
+def _state(run: MetaStep) -> Iterator[Tensor]:
+    yield from (run.phi, run.theta, run.gradients, run.active.weights)
+    yield from (run.counters.loss_sum, run.counters.first_bad_step, run.counters.update_norm)
+    for learner in run.learners:
         yield from learner.state()[0].values()
         source = learner.batches.raw.source("train")
         yield from tree_leaves(source.tree) if isinstance(source, ArraySource) else ()
-    yield from trainer.outer.state()[0].values()
+    yield from run.meta_optimizer.state()[0].values()

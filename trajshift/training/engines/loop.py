@@ -1,26 +1,23 @@
-"""What an engine is: the loop's own way, to be overridden."""
+"""What an engine is, and the reference: one learner after another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.rng import generator_state
-
-if TYPE_CHECKING:
-    from trajshift.training.trainer import MetaTrainer
+from trajshift.training.step import MetaStep, Moment
 
 
 class Engine:
-    """The reference: one learner after another.
+    """Runs the steps of a `MetaStep`; this one is the reference, whose numbers all others give.
 
     Args:
-        why: why no faster engine was chosen, to be told to the user.
+        why: why no faster engine was chosen, for the user.
     """
 
     name = "loop"
@@ -28,33 +25,29 @@ class Engine:
     def __init__(self, why: str = "") -> None:
         self.why = why
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Surrounds `MetaTrainer.advance`."""
-        yield
-
-    def begin(self, trainer: MetaTrainer) -> None:
+    def begin(self, run: MetaStep) -> None:
         """A round starts; its learners may be other ones than before."""
 
-    def step(self, trainer: MetaTrainer) -> tuple[Tensor, bool]:
+    def step(self, run: MetaStep) -> tuple[Tensor, bool]:
         """One inner step of all learners and what is due after it: losses `[T]`, whether phi moved."""
-        return trainer.take_step()
+        return run.take(self.inner_steps)
 
-    def learners_step(self, trainer: MetaTrainer) -> list[Tensor]:
-        """One inner step of every learner on training batch `trainer.step`: T losses before it."""
-        return [trainer.step_of(learner, trainer.step) for learner in trainer.learners]
+    def inner_steps(self, run: MetaStep, moment: Moment) -> Tensor:
+        """The inner step of every learner; the losses `[T]` before it."""
+        losses = [run.inner_update(learner, moment) for learner in run.learners]
+        return torch.stack(losses) if losses else run.theta.new_zeros(0)
 
 
 @contextmanager
-def without_draws(trainer: MetaTrainer) -> Iterator[None]:
+def without_draws(run: MetaStep) -> Iterator[None]:
     """Surrounds the learners' work in an engine that cannot seed each pass.
 
     Raises:
         UsageError: a model or loss drew from a global generator.
     """
-    before = generator_state(trainer.device)
+    before = generator_state(run.device)
     yield
-    if not torch.equal(before, generator_state(trainer.device)):
+    if not torch.equal(before, generator_state(run.device)):
         raise UsageError(
-            f"a model or loss drew random numbers at inner step {trainer.step + 1} and had not before; use engine=loop"
+            f"a model or loss drew random numbers at inner step {run.step + 1} and had not before; use engine=loop"
         )

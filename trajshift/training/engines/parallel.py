@@ -8,21 +8,16 @@ of the loop with one thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trajshift.learners.learner import Learner
 from trajshift.rng import seed_generators
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
-
-if TYPE_CHECKING:
-    from trajshift.learners.learner import Learner
-    from trajshift.training.trainer import MetaTrainer
+from trajshift.training.step import MetaStep, Moment
 
 _TRIAL = (2, 8)
 """The steps on which both ways are tried, by turns; before them memory and caches warm up."""
@@ -45,50 +40,49 @@ class Parallel(Engine):
         self._tried: list[tuple[bool, float]] = []
         self._last: dict[str, float] = {}
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """One thread for what runs between the learners' steps, or its bits would depend on their number."""
+    def step(self, run: MetaStep) -> tuple[Tensor, bool]:
+        """As the loop, with one thread for each operation, or the bits would depend on the number of threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield
+            return super().step(run)
         finally:
             torch.set_num_threads(before)
 
-    def learners_step(self, trainer: MetaTrainer) -> list[Tensor]:
-        """As the loop, side by side."""
+    def inner_steps(self, run: MetaStep, moment: Moment) -> Tensor:
+        """Side by side, or as the loop does; the first steps try both ways."""
         if self.side_by_side is not None:
-            return self._side_by_side(trainer) if self.side_by_side else super().learners_step(trainer)
+            return self._side_by_side(run, moment) if self.side_by_side else super().inner_steps(run, moment)
         way = len(self._tried) % 2 == 1
         began = time.perf_counter()
-        losses = self._side_by_side(trainer) if way else super().learners_step(trainer)
+        losses = self._side_by_side(run, moment) if way else super().inner_steps(run, moment)
         self._tried.append((way, time.perf_counter() - began))
         if len(self._tried) == _TRIAL[1]:
             spent = {way: sum(t for w, t in self._tried[_TRIAL[0] :] if w is way) for way in (False, True)}
             self.side_by_side = spent[True] < spent[False]
         return losses
 
-    def _side_by_side(self, trainer: MetaTrainer) -> list[Tensor]:
+    def _side_by_side(self, run: MetaStep, moment: Moment) -> Tensor:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self.threads, "learner", torch.set_num_threads, (1,))
         # What is read example by example comes from loader processes, or draws from the global generators.
         ready = {
-            learner.row: learner.batches.train(trainer.step)
-            for learner in trainer.learners
+            learner.row: learner.batches.train(moment.index)
+            for learner in run.learners
             if learner.batches.raw.streams("train")
         }
-        seed_generators(0, trainer.device)
-        slowest_first = sorted(trainer.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
-        with without_draws(trainer):
+        seed_generators(0, run.device)
+        slowest_first = sorted(run.learners, key=lambda learner: -self._last.get(learner.task.name, 0.0))
+        with without_draws(run):
             futures = {
-                learner.row: self._executor.submit(self._step_of, trainer, learner, ready.get(learner.row))
+                learner.row: self._executor.submit(self._timed, run, learner, moment, ready.get(learner.row))
                 for learner in slowest_first
             }
             wait(futures.values())
-            return [futures[row].result() for row in range(len(futures))]
+            return torch.stack([futures[row].result() for row in range(len(futures))])
 
-    def _step_of(self, trainer: MetaTrainer, learner: Learner, batch: Batch | None) -> Tensor:
+    def _timed(self, run: MetaStep, learner: Learner, moment: Moment, batch: Batch | None) -> Tensor:
         began = time.perf_counter()
-        loss = trainer.step_of(learner, trainer.step, batch, seeded=False)
+        loss = run.inner_update(learner, moment, batch, seeded=False)
         self._last[learner.task.name] = time.perf_counter() - began
         return loss
