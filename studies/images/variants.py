@@ -2,8 +2,8 @@
 
     python -m studies.images.variants VARIANT train ...       # what follows VARIANT is a command line of trajshift
 
-Each variant replaces methods of the trainer or its step for as long as its context lasts. They are experiments that did not pay,
-kept so that their rows can be made again, and no example to follow: a choice of your own replaces no methods.
+Each variant replaces methods of the trainer or its step for as long as its context lasts. They are experiments that
+did not pay, kept so that their rows can be made again, and no example to follow: a choice of your own replaces nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def before_each_step(prepare: Callable[[MetaTrainer], None]) -> AbstractContextM
 
 def falling_meta_lr() -> AbstractContextManager[None]:
     """The meta-learning rate falls to 0 along a cosine over the whole run."""
-    base: dict[int, float] = {}
+    base: dict[int, float | Tensor] = {}
 
     def prepare(trainer: MetaTrainer) -> None:
         optimizer = trainer.meta_step.meta_optimizer
