@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trajshift.cli.main import main
-from trajshift.learners.inner_optimizer import Inner
+from trajshift.settings import Inner
 from trajshift.training.trainer import MetaTrainer
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
