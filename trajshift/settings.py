@@ -268,6 +268,7 @@ class Finetune(Optimization):
     """
 
     SGD_OPTIONS: ClassVar[Mapping[str, Any]] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    """Those of meta-training, with Nesterov's momentum."""
 
     steps: int = 1000
     """Training steps; 0 tests the start."""
