@@ -12,7 +12,6 @@ from benchmarks.report import Claim, show
 from benchmarks.workload import Workload, build_trainer
 from trajshift import MetaTrainer
 from trajshift.experiments.tables import Table
-from trajshift.learners.extra_passes import ExtraPasses
 
 LIMIT = 70.0
 """Percent of a copy's bandwidth, from `LARGE` numbers on."""
@@ -37,12 +36,11 @@ class Flat:
 
 def flat_update(trainer: MetaTrainer) -> Steps:
     """Meta-updates and shifts of a trainer, its learners taking no step."""
+    run = trainer.meta_step
 
     def take(count: int) -> None:
         for _ in range(count):
-            probe = ExtraPasses(trainer.meta_step.active, trainer.phi, trainer.step, trainer.autocast)
-            gradient = trainer.metagrad.mean(probe, trainer.meta_step.active.weights)
-            trainer.carry(trainer, trainer.outer.step(trainer.phi, gradient))
+            run.move_phi(run.mean_gradient(), carried=True)
 
     return take
 

@@ -17,9 +17,9 @@ TORCH = "import torch"
 FIRST_STEP = """
 import trajshift
 from trajshift.data import digits_tasks
-from trajshift.models import build
+from trajshift.models import build_model
 def model(task):
-    return build("conv", task, width=16, depth=2)
+    return build_model("conv", task, width=16, depth=2)
 trajshift.MetaTrainer(model, digits_tasks(), horizon=50, rounds=1, batch_size=32,
                       inner=trajshift.Inner(options={"momentum": 0.9})).advance()
 """

@@ -15,7 +15,7 @@ class Plain:
     """Trains copies of the models of a trainer that has taken a step, on its batches, from where it stands."""
 
     def __init__(self, trainer: MetaTrainer) -> None:
-        self.device, self.autocast = trainer.device.type, trainer.autocast
+        self.device, self.autocast = trainer.device.type, trainer.meta_step.autocast
         self.models = [copy.deepcopy(learner.module) for learner in trainer.learners]
         self.batches = [learner.batches for learner in trainer.learners]
         self.optimizers = [sgd(model.parameters(), fused=True) for model in self.models]

@@ -144,7 +144,7 @@ def test_scalar_shift_contracts_by_the_curvature_along_the_shift() -> None:
     expected = ALPHA * sum(geometric(MU, k) for k in range(1, 21)) * along
     np.testing.assert_allclose(made.carry.state()["exponents"].numpy(), expected, rtol=1e-9)
     # 20 inner steps of 2 tasks, 2 products of each (a pass and two evaluations a product)
-    assert made.tally.counts["gradient_evaluations"] == 2 * (20 + 2 * 3)
+    assert made.meta_step.counters.counts["gradient_evaluations"] == 2 * (20 + 2 * 3)
 
 
 def test_diagonal_shift_contracts_by_squared_gradients() -> None:
@@ -165,8 +165,8 @@ def test_a_first_order_correction_leaves_a_second_order_error(momentum: float) -
     for alpha in (0.0004, 0.0002):
         for name, carry in (("shift", "shift"), ("tangent", shifts.TangentShift())):
             made = on_quadratics(carry, steps=11, momentum=momentum, alpha=alpha)
-            assert made.gauge is not None
-            errors[name, alpha] = sum(row["error"] for row in made.gauge.take() if row["k"] == 11)
+            assert made.meta_step.observer is not None
+            errors[name, alpha] = sum(row["error"] for row in made.meta_step.observer.take() if row["k"] == 11)
     assert errors["shift", 0.0002] / errors["shift", 0.0004] == pytest.approx(0.5, abs=0.03)
     assert errors["tangent", 0.0002] / errors["tangent", 0.0004] == pytest.approx(0.25, abs=0.03)
     assert errors["tangent", 0.0002] < 0.1 * errors["shift", 0.0002]

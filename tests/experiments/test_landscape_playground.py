@@ -111,7 +111,7 @@ def test_phi_theta_and_inner_steps_equal_those_of_the_loop(node: Any, method: st
     phis = [made.phi[:2].tolist(), *(made.phi[:2].tolist() for event in made if event.meta_updated)]
     (got,) = node([{"method": method, "variant": variant, "start": [3.0, 6.0], **options}])["runs"]
     assert got["diverged"] is None
-    assert got["innerSteps"] == made.tally.inner_steps
+    assert got["innerSteps"] == made.meta_step.counters.inner_steps
     np.testing.assert_allclose(got["path"], phis, **CLOSE)
     np.testing.assert_allclose(got["theta"], made.theta[:, :2], **CLOSE)
 
@@ -124,7 +124,7 @@ def test_divergence_is_found_where_the_loop_finds_it(node: Any, method: str) -> 
         pass
     (got,) = node([options])["runs"]
     names = landscape.tasks().names
-    assert (got["diverged"]["step"], names[got["diverged"]["task"]]) in made.tally.first_bad()
+    assert (got["diverged"]["step"], names[got["diverged"]["task"]]) in made.meta_step.counters.first_bad()
     assert np.isfinite(np.array(got["path"], dtype=float)).all()
 
 

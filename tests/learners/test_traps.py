@@ -263,7 +263,7 @@ def test_tasks_join_and_leave_at_a_round_boundary() -> None:
     assert all(torch.equal(before[name], after[name]) for name in stay)
     assert torch.equal(trainer.theta, trainer.phi.expand_as(trainer.theta))
     fresh = make("trajectory-shifting", tasks, horizon=3)
-    fresh._reset()
+    fresh.meta_step.begin_round()
     assert torch.equal(named_head(trainer, 1), named_head(fresh, 2))  # the head that it always would have had
     run(trainer, 4)
     with pytest.raises(UsageError, match="at a round boundary"):

@@ -259,7 +259,11 @@ def first_step_with_the_poison(name: str) -> int:
 def test_the_poisoned_task_is_named(how: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = next(name for name in ("bad", "worse", "rotten") if first_step_with_the_poison(name) > 2)
     step = first_step_with_the_poison(name)
-    tasks = [f"tasks.{name}.source=toys:poisoned", f"tasks.{name}.options.how={how}", "tasks.fine.source=toys:poisoned"]
+    tasks = [
+        f"tasks.{name}.source=tests.helpers.toys:poisoned",
+        f"tasks.{name}.options.how={how}",
+        "tasks.fine.source=tests.helpers.toys:poisoned",
+    ]
     words = [*TINY, *tasks, f"train_on=[fine,{name}]", f"method={method}", f"output.directory={tmp_path}"]
     status, told = command(capsys, "train", "digits", *words, "--name", "run", "--quiet")
     assert status == 2

@@ -73,7 +73,7 @@ def untested(name: str) -> Task:
     [
         (["device=mps"], "device 'mps' is not to be had here"),
         (["initialization=hub:resnet18"], "'hub:resnet18' names no weights"),
-        (["tuning.b.source=test_sweep:untested"], "task 'b' has no test examples"),
+        (["tuning.b.source=tests.runs.test_sweep:untested"], "task 'b' has no test examples"),
         (["tuning.b.source=npz:gone.npz"], "gone.npz: no such file"),
         (["tuning.b.source=npz:gone.npz", "tuning.c.source=digits:none"], "likewise digits:none"),
     ],

@@ -14,7 +14,7 @@ from tests.helpers import quadratics, toys
 from trajshift import Inner, MetaTrainer, UsageError
 from trajshift.algorithm.carries import Carry
 from trajshift.algorithm.meta_gradients import MetaGradient
-from trajshift.algorithm.protocols import Probe
+from trajshift.algorithm.protocols import CarryView, MetaGradientView
 from trajshift.training import checkpoint
 from trajshift.training.approximation_error import ApproximationErrorMeter
 
@@ -33,10 +33,10 @@ class Given(MetaGradient):
     def observe(self, theta: Tensor, losses: Tensor, gradients: Tensor) -> None:
         self.k += 1
 
-    def read(self, probe: Probe) -> Tensor:
-        row = torch.zeros_like(probe.phi)
+    def read(self, view: MetaGradientView) -> Tensor:
+        row = torch.zeros_like(view.phi)
         row[: quadratics.DIMENSION] = -self.shifts[self.k - 1]
-        return row.expand_as(probe.theta)
+        return row.expand_as(view.theta)
 
 
 def test_it_reads_the_closed_form_on_quadratics() -> None:
@@ -130,12 +130,12 @@ def test_a_cadence_outside_the_round_is_refused(steps: int) -> None:
 class Half(Carry):
     """theta moves by half of delta, and by a quarter of all deltas of the round so far."""
 
-    def begin(self, trainer: MetaTrainer) -> None:
-        self.total = torch.zeros_like(trainer.theta)
+    def begin(self, view: CarryView) -> None:
+        self.total = torch.zeros_like(view.theta)
 
-    def __call__(self, trainer: MetaTrainer, delta: Tensor) -> None:
+    def __call__(self, view: CarryView, delta: Tensor) -> None:
         self.total += delta
-        trainer.theta.add_(0.5 * delta + 0.25 * self.total)
+        view.theta.add_(0.5 * delta + 0.25 * self.total)
 
     def state(self) -> dict[str, Tensor]:
         return {"total": self.total}
@@ -202,7 +202,9 @@ def trained(tmp_path: Path) -> Callable[..., MetaTrainer]:
 
 
 def test_recipes_name_a_gauge_and_a_carry(trained: Callable[..., MetaTrainer]) -> None:
-    made = trained("output.error_every=2", "carry=test_gauge:Half", "train_on=[upright,parity]")
+    made = trained(
+        "output.error_every=2", "carry=tests.training.test_approximation_error:Half", "train_on=[upright,parity]"
+    )
     assert isinstance(made.carry, Half)
     for _ in made:
         pass
@@ -215,9 +217,12 @@ def test_recipes_name_a_gauge_and_a_carry(trained: Callable[..., MetaTrainer]) -
         ("output.error_every=0", "output: error_every is 0; it must be at least 1 step"),
         ("output.error_every=5", "output.error_every is 5, longer than a round of 4 inner steps"),
         ("carry=shifty", "unknown carry 'shifty'; did you mean 'shift'"),
-        ("carry=test_gauge:run", "could not be called without arguments"),
-        ("carry=builtins:dict", "returned a dict; return a trajshift.algorithm.carries.Carry"),
-        ("carry=test_gauge:nothing", "'test_gauge' has no 'nothing'"),
+        ("carry=tests.training.test_approximation_error:run", "could not be called without arguments"),
+        ("carry=builtins:dict", "returned a dict; return a trajshift.Carry"),
+        (
+            "carry=tests.training.test_approximation_error:nothing",
+            "'tests.training.test_approximation_error' has no 'nothing'",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(trained: Callable[..., MetaTrainer], override: str, sentence: str) -> None:

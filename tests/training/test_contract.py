@@ -264,8 +264,8 @@ def test_what_rows_held_before_a_reset_has_no_effect(method: str) -> None:
         run(clean, 3)
         run(poisoned, 3)
         poisoned.theta.fill_(torch.nan)
-        if poisoned.roster.keep_gradients:
-            poisoned.roster.gradients[:, poisoned.layout.mask(poisoned.device)] = torch.nan
+        if poisoned.meta_step.active.keep_gradients:
+            poisoned.meta_step.active.gradients[:, poisoned.layout.mask(poisoned.device)] = torch.nan
     assert torch.equal(clean.phi, poisoned.phi)
 
 

@@ -19,7 +19,7 @@ from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
-from trajshift.training.engines.choose import choose
+from trajshift.training.engines.choose import choose_engine
 from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
 
 STEPS = 50
@@ -68,7 +68,7 @@ def test_replayed_steps_are_the_loop(options: dict[str, Any]) -> None:
         torch.testing.assert_close(left.losses, right.losses, rtol=1e-9, atol=1e-9)
     assert_same(loop, graph)
     assert loop.metrics()["inner_steps"] == graph.metrics()["inner_steps"] == STEPS
-    assert loop.tally.counts == graph.tally.counts
+    assert loop.meta_step.counters.counts == graph.meta_step.counters.counts
     assert recorder.replays > STEPS - 15
     assert recorder.records <= 3
 
@@ -274,4 +274,4 @@ def test_sources_must_lie_on_the_device() -> None:
     own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
     assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own)))
     with pytest.raises(UsageError, match="engine graph is not for this run: it is for CUDA and the device is cpu"):
-        choose("graph", plain)
+        choose_engine("graph", plain.meta_step)

@@ -72,8 +72,8 @@ def train_all(folder: Path, other: Path | None) -> None:
             checkpoint.load(other / name / "saved" / path.name, moved.meta_step)
             go_on(moved, moved.total_steps)
             checkpoint.save(folder / name / "moved", moved.meta_step)
-        homes = whole.world.gather(whole.roster.local)
-        if whole.world.rank == 0:
+        homes = whole.meta_step.world.gather(whole.meta_step.active.local)
+        if whole.meta_step.world.rank == 0:
             (folder / name / "said.json").write_text(json.dumps({"rows": rows, "again": again, "homes": homes}))
 
 
@@ -210,7 +210,7 @@ def go_wrong(folder: Path) -> None:
     if rank == 1:
         drifted.phi[0] += 1e-15
     said["checkpoint"] = sentence(lambda: checkpoint.save(folder / "drifted", drifted.meta_step))
-    said["home"] = drifted.roster.home
+    said["home"] = drifted.meta_step.active.home
     apart = toys.trainer(toys.tasks(4))
     paths = []
     for step in (2, 3):

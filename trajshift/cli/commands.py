@@ -1,4 +1,4 @@
-"""What the sub-commands do, after `cli` has read their arguments. torch is imported where it is needed."""
+"""What the sub-commands do, after `main` has read their arguments. torch is imported where it is needed."""
 
 from __future__ import annotations
 

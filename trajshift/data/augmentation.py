@@ -23,7 +23,7 @@ def draw_crops(crop: int | Tensor, mirror: int | Tensor, place: Tensor, *, paddi
     """Where each image is cropped and whether it is mirrored: int64 `[3, B]` of top, left (0 to 2 p) and mirror (0, 1).
 
     Each image has its own draw, a function of the keys and of its place in the batch; `place` is 0 to 2 B - 1. With
-    `hashing.words` `[S, 2]` for keys, `[S, 3, B]` for S batches.
+    `rng.words` `[S, 2]` for keys, `[S, 3, B]` for S batches.
     """
     corner = integers(crop, place, 2 * padding + 1).unflatten(-1, (-1, 2))
     mirrored = integers(mirror, place[: len(place) // 2], 2)

@@ -17,7 +17,7 @@ from trajshift.rng import seeded
 
 
 class ExtraPasses:
-    """`metagrad.Probe` for the learners of a roster, at the theta they have now.
+    """`protocols.Probe` for the learners of the running round, at the theta they have now.
 
     Args:
         step: scheduled inner steps done; the last one used the training batches `step - 1`.

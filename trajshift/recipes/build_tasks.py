@@ -1,4 +1,4 @@
-"""From a recipe to tasks, model and trainer."""
+"""From a recipe to its tasks, their data loaded."""
 
 from __future__ import annotations
 

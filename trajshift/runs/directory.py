@@ -1,4 +1,4 @@
-"""The run directory: recipe, rows of numbers, environment. Only rank 0 writes. This module never imports torch.
+"""The run directory: its recipe, its rows, what it ran on. Only rank 0 writes. This module never imports torch.
 
 runs/NAME/
   recipe.yaml                 the resolved recipe

@@ -1,6 +1,6 @@
 """The run driver: meta-trains a recipe into its run directory, stops cleanly, resumes bit for bit.
 
-The numbers come from `loop.MetaTrainer`; here is only when to log, when to save and when to stop.
+The numbers come from `trainer.MetaTrainer`; here is only when to log, when to save and when to stop.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objects of the user's own code, named as `package.module:name`. This module never imports torch."""
+"""Objects named as `package.module:name`, and packages that may be missing. This module never imports torch."""
 
 from __future__ import annotations
 

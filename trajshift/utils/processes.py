@@ -1,4 +1,4 @@
-"""Independent pieces of work, in one process or several."""
+"""Cores, signals, and independent pieces of work in one process or several."""
 
 from __future__ import annotations
 

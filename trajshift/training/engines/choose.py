@@ -1,4 +1,4 @@
-"""Chooses the engine. Each gives the numbers of the reference, `loop.py`.
+"""Chooses the engine. Each gives the numbers of the reference, `loop`.
 
 `loop` is the reference itself. `parallel` runs the tasks side by side in threads of one core each (CPU). `graph`
 replays whole steps as CUDA graphs. `auto` takes the fastest that can run what was asked for.
