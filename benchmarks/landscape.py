@@ -13,7 +13,7 @@ from benchmarks.harness import Steps, interleave, ratio, spread, threads, timed
 from benchmarks.report import Report, show, show_time
 from benchmarks.sides.ours import advance
 from benchmarks.workload import FOREVER
-from trajshift import Inner, MetaTrainer
+from trajshift import Inner, Meta, MetaTrainer
 from trajshift.experiments.landscape import grid, tasks, updates
 from trajshift.experiments.landscape.experiment import run_experiment
 from trajshift.experiments.landscape.himmelblau import Point
@@ -79,8 +79,8 @@ def loop(start: torch.Tensor) -> MetaTrainer:
         METHOD,
         horizon=HORIZON,
         rounds=FOREVER,
-        meta_lr=META_LR,
         inner=Inner(lr=INNER_LR, options={"momentum": MOMENTUM}),
+        meta=Meta(lr=META_LR),
         batch_size=1,
         shared=("theta",),
         renew=["optimizer"],

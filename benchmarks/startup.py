@@ -20,7 +20,8 @@ from trajshift.data import digits_tasks
 from trajshift.models import build_model
 def model(task):
     return build_model("conv", task, width=16, depth=2)
-trajshift.MetaTrainer(model, digits_tasks(), horizon=50, rounds=1, batch_size=32).advance()
+trajshift.MetaTrainer(model, digits_tasks(), horizon=50, rounds=1, batch_size=32,
+                      inner=trajshift.Inner(options={"momentum": 0.9})).advance()
 """
 COMMANDS = {
     "python": ("-c", "pass"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trajshift import Inner, MetaTrainer, Task
+from trajshift import Execution, Inner, Meta, MetaTrainer, Task
 from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
 
@@ -109,10 +109,8 @@ def build_trainer(
         method,
         horizon=workload.horizon,
         rounds=FOREVER,
-        meta_lr=META_LR,
         inner=Inner(lr=INNER_LR, options={"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}),
+        meta=Meta(lr=META_LR),
+        execution=Execution(device=device, autocast=workload.autocast, engine=engine),
         batch_size=workload.batch_size,
-        device=device,
-        autocast=workload.autocast,
-        engine=engine,
     )

@@ -32,6 +32,7 @@ from trajshift.training.engines.cuda_graph import Graph
 from trajshift.training.engines.parallel import Parallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.helpers.options import in_sections
 from tests.helpers.recording import Recorder
 
 
@@ -39,8 +40,9 @@ def build(model: Any, tasks: list[Task], method: str, options: dict[str, Any], e
     """A trainer from `OPTIONS`, some of them replaced."""
     inner = {name.removeprefix("inner_"): value for name, value in options.items() if name.startswith("inner_")}
     others = {name: value for name, value in options.items() if not name.startswith("inner_")}
-    gauge = ApproximationErrorMeter.every(every, options["horizon"]) if (every := others.pop("error_every")) else None
-    return MetaTrainer(model, tasks, method, engine=engine, inner=Inner(**inner), gauge=gauge, **others)
+    meter = ApproximationErrorMeter.every(every, options["horizon"]) if (every := others.pop("error_every")) else None
+    arguments = in_sections({"inner": Inner(**inner), "engine": engine, **others})
+    return MetaTrainer(model, tasks, method, error_meter=meter, **arguments)
 
 
 def engines(trainer: MetaTrainer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trajshift.errors import UsageError
     from trajshift.evaluation.finetuning import FineTuned, finetune
     from trajshift.learners.initialization import Initialization, load_initialization
-    from trajshift.learners.inner_optimizer import Inner
+    from trajshift.settings import Execution, Finetune, Inner, Meta
     from trajshift.task import Task
     from trajshift.training.trainer import Event, MetaTrainer
 
@@ -25,6 +25,9 @@ __all__ = [
     "MetaTrainer",
     "Event",
     "Inner",
+    "Meta",
+    "Execution",
+    "Finetune",
     "Task",
     "Initialization",
     "load_initialization",
@@ -41,7 +44,10 @@ __all__ = [
 _HOMES = {
     "MetaTrainer": "training.trainer",
     "Event": "training.trainer",
-    "Inner": "learners.inner_optimizer",
+    "Inner": "settings",
+    "Meta": "settings",
+    "Execution": "settings",
+    "Finetune": "settings",
     "Task": "task",
     "Initialization": "learners.initialization",
     "load_initialization": "learners.initialization",

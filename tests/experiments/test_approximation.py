@@ -82,7 +82,7 @@ def on_quadratics(carry: Any, *, steps: int, momentum: float = MU, alpha: float 
         quadratics.tasks(*quadratics.curvatures(2)), "trajectory-shifting",
         horizon=40, rounds=1, meta_lr=1.0, carry=carry, metagrad=Prescribed(given),
         inner=Inner(lr=alpha, options={"momentum": momentum}),
-        gauge=ApproximationErrorMeter(lambda k: True, every_task=True),
+        error_meter=ApproximationErrorMeter(lambda k: True, every_task=True),
     )  # fmt: skip
     for _ in range(steps):
         made.advance()

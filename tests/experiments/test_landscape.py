@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trajshift import Inner, MetaTrainer, UsageError
+from tests.helpers.options import build
+from trajshift import Inner, UsageError
 from trajshift.algorithm.methods import METHODS
 from trajshift.experiments.landscape import OFFERED, fates, grid, quality_map, run, stack, tasks, template, updates
 from trajshift.experiments.landscape.himmelblau import ANGLES, VARIANTS, Point
@@ -24,7 +25,7 @@ MINIMA = ((3.0, 2.0), (-2.805118086952745, 3.131312518250573), (-3.7793102533777
 def trained(method: str, start: Tensor, *, horizon: int, rounds: int, **options: Any) -> tuple[Tensor, list[int]]:
     """phi `[U+1, 2]` and inner steps after every meta-update of the core's own loop."""
     landscape = tasks()
-    trainer = MetaTrainer(
+    trainer = build(
         Point, landscape.as_tasks(), method, horizon=horizon, rounds=rounds, meta_lr=0.1, batch_size=1,
         shared=("theta",), renew=["optimizer"], inner=Inner(lr=0.05, options={"momentum": 0.9}),
         initialization={"theta": start}, **options,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import trajshift.experiments.landscape as landscape
+from tests.helpers.options import build
 from tests.helpers.waiting import PATIENCE
 from trajshift import Inner, MetaTrainer
 from trajshift.algorithm.methods import resolve
@@ -80,7 +81,7 @@ def python(method: str, starts: list[list[float]], options: dict[str, Any], **mo
 
 
 def trainer(method: str, start: list[float], options: dict[str, Any], variant: str = "published") -> MetaTrainer:
-    return MetaTrainer(
+    return build(
         Point, landscape.tasks(variant).as_tasks(), method, shared=("theta",), renew=["optimizer"], batch_size=8,
         inner=Inner(lr=options["innerLr"], options={"momentum": MOMENTUM}), meta_lr=options["metaLr"],
         horizon=options["horizon"], rounds=options["rounds"],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers.options import build
 from trajshift import METHODS, Inner, MetaTrainer, Task
 from trajshift.training.engines.parallel import Parallel
 
@@ -95,7 +96,7 @@ def text_tasks(classes: Iterable[int] = (2, 3)) -> list[Task]:
 def make(method: str, tasks: list[Task], model: Callable[[Task], nn.Module] | nn.Module = ConvNet, **options: Any):
     """A trainer with few, short rounds and SGD with momentum and weight decay; one task where only one is allowed."""
     chosen: dict[str, Any] = {"horizon": 4, "rounds": 2, "batch_size": 5, "inner": Inner(lr=0.05, options=MOMENTUM)}
-    return MetaTrainer(model, tasks[:1] if METHODS[method].single else tasks, method, **chosen | options)
+    return build(model, tasks[:1] if METHODS[method].single else tasks, method, **chosen | options)
 
 
 def run(trainer: MetaTrainer, steps: int | None = None) -> MetaTrainer:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.options import build
 from trajshift import Inner, MetaTrainer, Task
 
 DIMENSION = 5
@@ -63,8 +64,8 @@ def tasks(a: Array, c: Array, weights: Array | None = None) -> list[Task]:
 def trainer(listed: list[Task], method: str, *, lr: float = 0.1, **options: Any) -> MetaTrainer:
     """A trainer on points that starts from `start()`, plain SGD inside unless `inner` is given."""
     begin = {"theta": torch.tensor(start())}
-    chosen: dict[str, Any] = {"inner": Inner(lr=lr), "batch_size": 4, "initialization": begin}
-    return MetaTrainer(model, listed, method, shared=("theta",), **chosen | options)
+    chosen: dict[str, Any] = {"inner": Inner(lr=lr, options={}), "batch_size": 4, "initialization": begin}
+    return build(model, listed, method, shared=("theta",), **chosen | options)
 
 
 def phi_of(made: MetaTrainer) -> Array:

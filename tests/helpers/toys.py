@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.options import build
 from trajshift import Inner, MetaTrainer, Task, models
 from trajshift.data.augmentation import image_task
 from trajshift.task import classification_loss
@@ -39,7 +40,7 @@ def trainer(listed: list[Task], method: str = "trajectory-shifting", **options: 
     """A trainer of 3 rounds of 4 steps."""
     chosen: dict[str, Any] = {"horizon": HORIZON, "rounds": ROUNDS, "batch_size": 5, "seed": 3}
     chosen["inner"] = Inner(lr=0.05, options=SGD)
-    return MetaTrainer(options.pop("model", model), listed, method, **(chosen | options))
+    return build(options.pop("model", model), listed, method, **(chosen | options))
 
 
 def run(made: MetaTrainer, until: int) -> list[Tensor]:

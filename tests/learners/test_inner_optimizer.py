@@ -117,14 +117,14 @@ def test_refused_with_the_reason_however_it_is_given(name: str, reason: str) -> 
     kind = getattr(torch.optim, name)
     for given in (name, name.lower(), kind):
         with pytest.raises(UsageError, match=reason):
-            Inner(optimizer=given)
+            make("reptile", image_tasks(), inner=Inner(optimizer=given))
     with pytest.raises(UsageError, match=reason):
         run(make("reptile", image_tasks(), inner=Inner(optimizer=lambda parameters, lr: kind(parameters, lr=lr))), 1)
 
 
 def test_unknown_names_and_options_are_told_in_one_sentence() -> None:
     with pytest.raises(UsageError, match="did you mean 'adamw'"):
-        Inner(optimizer="adamww")
+        make("reptile", image_tasks(), inner=Inner(optimizer="adamww"))
     with pytest.raises(UsageError, match="did you mean 'cosine'"):
         Inner(schedule="cosin")
     for lr in (0.0, -1.0, math.nan, math.inf):
@@ -203,7 +203,7 @@ def test_flat_refuses_a_parameter_without_gradient() -> None:
             self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
     with pytest.raises(UsageError, match="'unused' got no gradient in task 'images0'"):
-        run(make("reptile", image_tasks(), Partial, inner=Inner(flat=True)), 1)
+        run(make("reptile", image_tasks(), Partial, inner=Inner(options={}, flat=True)), 1)
 
 
 # -- schedules, clipping, autocast -----------------------------------------------------------------------------
@@ -248,10 +248,10 @@ def test_gradient_clipping_is_per_task() -> None:
 def test_the_clipped_norm_is_that_of_body_and_head_together() -> None:
     moves = []
     for limit in (None, 0.01):
-        made = make("reptile", image_tasks(), grad_clip=limit, inner=Inner(lr=1.0))
+        made = make("reptile", image_tasks(), grad_clip=limit, inner=Inner(lr=1.0, options={}))
         run(made, 1)
         head = torch.zeros(0, dtype=torch.float64)
-        fresh = make("reptile", image_tasks(), inner=Inner(lr=1e-30))
+        fresh = make("reptile", image_tasks(), inner=Inner(lr=1e-30, options={}))
         run(fresh, 1)
         row, other = made.learners[0], fresh.learners[0]
         head = torch.cat([(row.own[name] - other.own[name]).flatten() for name in row.own])

@@ -144,7 +144,7 @@ def test_passes_touch_no_statistics_counters_or_generator() -> None:
 
 def test_a_pass_on_the_last_training_batch_sees_what_the_step_saw() -> None:
     model = partial(ConvNet, dropout=0.4)
-    trainer = make("fomaml", image_tasks(), model, inner=Inner(lr=1e-300))  # theta stays where it is
+    trainer = make("fomaml", image_tasks(), model, inner=Inner(lr=1e-300, options={}))  # theta stays where it is
     for _ in range(3):
         event = trainer.advance()
     followed = trainer.meta_step.active.gradients.clone()

@@ -54,7 +54,7 @@ def test_every_field_is_printed_and_documented() -> None:
 
 
 def test_numbers_in_scientific_notation_are_numbers(recipe_file: Path) -> None:
-    assert load(recipe_file).meta_lr == 1e-3
+    assert load(recipe_file).meta.lr == 1e-3
     assert load(recipe_file, ["inner.lr=2e-2", "inner.options.weight_decay=1E-4"]).inner.lr == 2e-2
 
 
@@ -90,7 +90,7 @@ def test_an_option_is_added_to_the_default_ones(recipe_file: Path) -> None:
         ("rounds=0", ["rounds is 0"]),
         ("meta_every=3", ["meta_every is 3", "does not divide"]),
         ("meta_every=20", ["meta_every is 20"]),
-        ("meta_lr=-1", ["meta_lr is -1"]),
+        ("meta_lr=-1", ["meta.lr is -1"]),
         ("inner.lr=fast", ["inner.lr is 'fast'", "valid number"]),
         ("data.mean=[1,x]", ["data.mean", "valid number"]),
         ("data.size=0", ["data: size is 0"]),
@@ -177,7 +177,7 @@ def test_what_a_resumed_run_may_change(recipe_file: Path) -> None:
 def test_a_resumed_run_keeps_its_name_and_threads(recipe_file: Path) -> None:
     old = load(recipe_file, ["threads=1", "output.name=mine"])
     new = resumed_recipe(old, load(recipe_file), Path("run"))
-    assert (new.threads, new.output.name) == (1, "mine")
+    assert (new.execution.threads, new.output.name) == (1, "mine")
 
 
 def test_the_fingerprint_is_of_what_must_not_change(recipe_file: Path) -> None:

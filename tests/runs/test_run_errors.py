@@ -282,7 +282,7 @@ def test_a_culprit_that_left_is_named_all_the_same() -> None:
     listed = [toys.poisoned("a"), toys.poisoned("bad", "loss"), toys.poisoned("c")]
     trainer = MetaTrainer(
         lambda task: models.build_model("conv", task, width=4), listed,
-        horizon=5, rounds=8, batch_size=4, tasks_per_round=1, inner=Inner(lr=0.01),
+        horizon=5, rounds=8, batch_size=4, tasks_per_round=1, inner=Inner(lr=0.01, options={}),
     )  # fmt: skip
     first_round = next(round for round in range(8) if trainer.meta_step.active.sampled(round) == ["bad"])
     assert first_round < 7

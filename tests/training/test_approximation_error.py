@@ -46,7 +46,7 @@ def test_it_reads_the_closed_form_on_quadratics() -> None:
     gauge = ApproximationErrorMeter(lambda k: True, every_task=True)
     made = quadratics.trainer(
         quadratics.tasks(a, c), "trajectory-shifting",
-        lr=ALPHA, horizon=K, rounds=1, metagrad=Given(shifts), meta_lr=1.0, gauge=gauge,
+        lr=ALPHA, horizon=K, rounds=1, metagrad=Given(shifts), meta_lr=1.0, error_meter=gauge,
     )  # fmt: skip
     for _ in made:
         pass
@@ -67,7 +67,7 @@ def test_it_reads_the_closed_form_on_quadratics() -> None:
 
 
 def run(gauge: ApproximationErrorMeter | None, method: str, **options: object) -> MetaTrainer:
-    made = toys.trainer(toys.tasks(3), method, gauge=gauge, **options)
+    made = toys.trainer(toys.tasks(3), method, error_meter=gauge, **options)
     toys.run(made, made.total_steps)
     return made
 
@@ -77,7 +77,7 @@ def run(gauge: ApproximationErrorMeter | None, method: str, **options: object) -
     [
         ("trajectory-shifting", {}),
         ("trajectory-shifting", {"inner": Inner(optimizer="adam", lr=0.01, schedule="cosine")}),
-        ("trajectory-shifting", {"inner": Inner(lr=0.05, flat=True), "metagrad": "last_gradient"}),
+        ("trajectory-shifting", {"inner": Inner(lr=0.05, options={}, flat=True), "metagrad": "last_gradient"}),
         ("leap", {"carry": "shift", "meta_every": 2}),
         ("no-shifting", {"renew": ("optimizer", "statistics")}),
         ("accurate", {}),
@@ -114,7 +114,7 @@ def test_a_replayed_trajectory_has_no_error_and_a_held_one_has() -> None:
 
 def test_one_task_in_turn() -> None:
     gauge = ApproximationErrorMeter.every(2, toys.HORIZON)
-    made = toys.trainer(toys.tasks(2), gauge=gauge)
+    made = toys.trainer(toys.tasks(2), error_meter=gauge)
     toys.run(made, made.total_steps)
     said = [(row["step"], row["k"], row["task"]) for row in gauge.take()]
     assert said == [(2, 2, "t0"), (4, 4, "t0"), (6, 2, "t1"), (8, 4, "t1"), (10, 2, "t0"), (12, 4, "t0")]
@@ -147,7 +147,7 @@ class Half(Carry):
 @pytest.mark.parametrize("step", [5, 7, 8])
 def test_readings_and_a_carry_of_ones_own_survive_a_checkpoint(tmp_path: Path, step: int) -> None:
     def make() -> MetaTrainer:
-        return toys.trainer(toys.tasks(3), carry=Half(), gauge=ApproximationErrorMeter.every(1, toys.HORIZON))
+        return toys.trainer(toys.tasks(3), carry=Half(), error_meter=ApproximationErrorMeter.every(1, toys.HORIZON))
 
     whole, first, second = make(), make(), make()
     toys.run(whole, whole.total_steps)

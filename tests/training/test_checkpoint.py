@@ -42,7 +42,7 @@ def two_checkpoints(directory: Path) -> MetaTrainer:
 
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 OPTIMIZERS: dict[str, Inner] = {
-    "sgd": Inner(lr=0.05),
+    "sgd": Inner(lr=0.05, options={}),
     "momentum": Inner(lr=0.05, options=SGD),
     "nesterov-cosine": Inner(lr=0.05, options=SGD | {"nesterov": True}, schedule="cosine"),
     "flat-sgd": Inner(lr=0.05, options=SGD, flat=True),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.learners import assert_same, everything, run, same_bits
+from tests.helpers.options import build
 from tests.training.test_cuda_graph import MIXES, STEPS, peeking, tasks, trainer
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.evaluation.finetuning import finetune
@@ -52,7 +53,7 @@ def test_learners_share_streams_and_tables_are_filled_again(monkeypatch: pytest.
 
 def resnets(engine: str, autocast: torch.dtype | None) -> MetaTrainer:
     """ResNet20s in float32."""
-    return MetaTrainer(
+    return build(
         lambda task: build_model("resnet20", task),
         tasks(),
         "trajectory-shifting",

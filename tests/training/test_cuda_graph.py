@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.learners import ConvNet, assert_same, image_tasks, make, run
+from tests.helpers.options import build
 from tests.helpers.recording import Recorder
 from trajshift import Inner, MetaTrainer, Task, UsageError
 from trajshift.data.augmentation import image_task
@@ -42,7 +43,7 @@ def trainer(engine: Any, listed: list[Task] | None = None, **options: Any) -> Me
         "method": "trajectory-shifting", "horizon": 12, "rounds": 20, "batch_size": 5,
         "inner": Inner(lr=0.03125, options={"momentum": 0.9, "weight_decay": 5e-4}, schedule="step", factor=0.5),
     }  # fmt: skip
-    return MetaTrainer(double, listed or tasks(), engine=engine, **chosen | options)
+    return build(double, listed or tasks(), engine=engine, **chosen | options)
 
 
 MIXES: list[dict[str, Any]] = [
@@ -118,8 +119,8 @@ class Peeking(torch.nn.Module):
 
 def peeking(engine: Any, method: str, **options: Any) -> MetaTrainer:
     """A trainer, one step taken, one of whose models peeks from now on."""
-    chosen = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125)}
-    made = MetaTrainer(Peeking, tasks(), method, engine=engine, head="body.fc", **chosen | options)
+    chosen = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125, options={})}
+    made = build(Peeking, tasks(), method, engine=engine, head="body.fc", **chosen | options)
     made.advance()
     made.learners[1].module.peeks = True
     return made

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tests.helpers.learners import ConvNet, SideBySide, Text, everything, image_tasks, make, run, same_bits, text_tasks
+from tests.helpers.options import build
 from trajshift import METHODS, Inner, MetaTrainer, Task, UsageError
 from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
@@ -63,8 +64,14 @@ def test_augmented_resnets_of_several_sizes() -> None:
     ]
     both = [
         run(
-            MetaTrainer(
-                partial(build_model, "resnet20", width=4), tasks, horizon=3, rounds=2, batch_size=6, engine=engine
+            build(
+                partial(build_model, "resnet20", width=4),
+                tasks,
+                horizon=3,
+                rounds=2,
+                batch_size=6,
+                engine=engine,
+                inner=Inner(options={"momentum": 0.9}),
             )
         )
         for engine in (OneThread(), SideBySide())
@@ -179,7 +186,7 @@ def resnets(**options: Any) -> MetaTrainer:
     x = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8, generator=generator)
     tasks = [image_task(name, (x, torch.arange(24) % n), outputs=n) for name, n in (("a", 2), ("b", 3))]
     chosen = {"horizon": 10, "rounds": 5, "batch_size": 8, "inner": Inner(lr=0.01, options={"momentum": 0.9})}
-    return MetaTrainer(partial(build_model, "resnet20", width=4), tasks, **{**chosen, **options})
+    return build(partial(build_model, "resnet20", width=4), tasks, **{**chosen, **options})
 
 
 def test_convolutions_are_channels_last_unless_told_otherwise() -> None:
@@ -198,8 +205,9 @@ def test_the_layout_changes_no_number_in_float64() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(24, 3, 8, 8, generator=generator, dtype=torch.float64)
     tasks = [Task(name=n, train=(x, torch.arange(24) % 3), outputs=3, input_shape=(3, 8, 8)) for n in "ab"]
+    inner = Inner(options={"momentum": 0.9})
     ends = [
-        run(MetaTrainer(double, tasks, horizon=10, rounds=5, batch_size=8, channels_last=last))
+        run(build(double, tasks, horizon=10, rounds=5, batch_size=8, channels_last=last, inner=inner))
         for last in (True, False)
     ]
     assert ends[0].initialization.keys() == ends[1].initialization.keys()

@@ -11,6 +11,7 @@ from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load
 from trajshift.report.terminal_summary import print_summary
 from trajshift.runs.directory import RunDirectory
+from trajshift.settings import at_least
 from trajshift.utils.files import disk_errors
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.progress import Progress
@@ -53,7 +54,7 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     from trajshift.recipes.build_trainer import finetune_options
     from trajshift.runs.starting_points import load_phi
 
-    set_threads(World(), loaded.threads)
+    set_threads(World(), loaded.execution.threads)
     phi = load_phi(source)
     tasks = build_tasks(loaded, names)
     options = finetune_options(loaded)
@@ -63,14 +64,14 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
             if task.test is None:
                 console().print(f"note: {name} has no test examples, so it has no metrics; options.test names some")
             for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
-                with Progress(f"{name} from {label}", options["steps"]) as progress:
+                with Progress(f"{name} from {label}", loaded.finetune.steps) as progress:
                     tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
                 rows.append((name, label, tuned))
                 if save is not None and label != "scratch":
                     with disk_errors(save, option="--save", again="the same command"):
                         tuned.save(save / f"{name}.safetensors")
     finally:
-        _print_tuned(rows, loaded.seed, options["steps"])
+        _print_tuned(rows, loaded.seed, loaded.finetune.steps)
     if save is not None:
         console().print(f"fine-tuned models are in {save}")
 
@@ -140,7 +141,6 @@ def evaluate(
 ) -> None:
     """Fine-tune the targets of finished runs, keep the rows, and print the comparison."""
     from trajshift.evaluation.comparison import summary_tables
-    from trajshift.recipes.sections import at_least
     from trajshift.runs.evaluate_runs import evaluate_runs
 
     at_least("--threads", threads, 1, "thread")
@@ -153,7 +153,7 @@ def evaluate(
 
     from trajshift.distributed import World, set_threads
 
-    set_threads(World(), threads or recipes[0].threads)
+    set_threads(World(), threads or recipes[0].execution.threads)
     again = "the same command"
     with Progress("fine-tuning", 1) as progress, disk_errors(Path(runs[0]), option="folder", again=again):
 

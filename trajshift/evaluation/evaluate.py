@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import NonFiniteLoss
 from trajshift.evaluation.comparison import FINAL, SCRATCH, Row
+from trajshift.settings import Finetune, finetune_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +35,7 @@ def evaluate(
         targets: tasks with test examples.
         train_images: numbers of training images, None for all.
         progress: called before each fine-tuning.
-        options: further arguments of `finetune`, such as model and steps.
+        options: further arguments of `finetune`, such as model and steps, or settings in place of its fields.
     """
     tasks = list(targets.values()) if isinstance(targets, Mapping) else list(targets)
     jobs = [
@@ -67,15 +69,19 @@ def finetuned_row(
 
     if task.test is None:
         raise untested(task.name)
+    own = {entry.name for entry in fields(Finetune)}
+    others = {name: value for name, value in options.items() if name not in own and name != "settings"}
+    given = {name: value for name, value in options.items() if name in own}
+    settings = replace(finetune_settings(options.get("settings"), given), train_images=train_images)
     row = {
         **base,
         "target": task.name,
         "train_images": train_images,
         "images": training_images(task, train_images),
-        "steps": options.get("steps", 1000),
+        "steps": settings.steps,
     }
     try:
-        tuned = finetune(phi, task, seed=base["seed"], train_images=train_images, **options)
+        tuned = finetune(phi, task, settings, seed=base["seed"], **others)
     except NonFiniteLoss as error:
         return {**row, "error": str(error)}
     return {**row, **tuned.metrics}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from trajshift.data.batches import TaskBatches
 from trajshift.data.loader import PrefetchLoader
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
-from trajshift.errors import NonFiniteLoss, UsageError, nearest
+from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.learners.initialization import Initialization, tensor_names
-from trajshift.learners.inner_optimizer import Inner, set_lr
+from trajshift.learners.inner_optimizer import optimizer_class, optimizer_for, set_lr
 from trajshift.learners.modules import (
     Factory,
     as_factory,
@@ -31,11 +32,10 @@ from trajshift.learners.modules import (
 )
 from trajshift.learners.sharing import find_heads, is_in_head
 from trajshift.rng import key, repeatable, seed_generators
-from trajshift.settings import SGD_OPTIONS
+from trajshift.settings import Finetune, finetune_settings
 from trajshift.task import Task
 from trajshift.utils.cpu_memory import keep_memory
 
-RUNNING_STATS = ("reset", "keep", "recalibrate")
 CALIBRATION_BATCHES = 100
 CURVE_POINTS = 50
 
@@ -68,27 +68,19 @@ class FineTuned:
 def finetune(
     initialization: Initialization | Mapping[str, Tensor] | None,
     task: Task,
+    settings: Finetune | None = None,
     *,
     model: Factory | nn.Module | None = None,
     head: str | Sequence[str] | None = None,
-    steps: int = 1000,
-    batch_size: int = 128,
-    optimizer: str | Callable[..., Optimizer] = "sgd",
-    lr: float = 0.1,
-    options: Mapping[str, Any] | None = None,
-    schedule: str | Callable[[float], float] = "step",
-    milestones: Sequence[float] = (0.4, 0.7, 0.9),
-    factor: float = 0.3,
-    running_stats: str = "reset",
     seed: int = 0,
-    train_images: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     workers: int = 0,
     evaluate_every: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **fields: Any,
 ) -> FineTuned:
-    """Trains `task` for `steps` steps from an initialization and tests the result.
+    """Trains `task` from an initialization and tests the result.
 
     The defaults are the paper's meta-test: SGD with Nesterov momentum 0.9 and weight decay 5e-4, the learning
     rate multiplied by `factor` at each milestone, fresh BatchNorm statistics. Every parameter is trained, the
@@ -97,54 +89,32 @@ def finetune(
 
     ```python
     tuned = trajshift.finetune(trainer.initialization, task, steps=300, seed=0)
+    tuned = trajshift.finetune(trainer.initialization, task, trajshift.Finetune(steps=300), seed=0)  # the same
     print(tuned.metrics["accuracy"])
     ```
 
     Args:
         initialization: phi; None trains from scratch, from the phi that a `MetaTrainer` of this seed starts
             with.
-        task: with test examples, for metrics.
+        task: with test examples, for metrics. A batch size of its own replaces that of the settings.
+        settings: how; None takes `fields`.
         model: as for `MetaTrainer`; None takes the factory the initialization was learned with.
         head: dotted name(s) of the head; None takes the initialization's, else finds the usual ones.
-        steps: training steps; 0 tests the start.
-        batch_size: examples per step, unless the task has its own.
-        optimizer: any first-order `torch.optim` class, by name or callable.
-        lr: learning rate at the start.
-        options: further arguments of the optimizer; None is the paper's for SGD, none for others.
-        schedule: `step`, `cosine`, `constant` or a function of the fraction done, as in `Inner`.
-        milestones: for `step`: fractions of the run at which the learning rate falls.
-        factor: for `step`: what it is multiplied by.
-        running_stats: BatchNorm statistics at the start. `reset`: fresh, as published. `keep`: those that the
-            initialization or the model bring. `recalibrate`: means over one pass of the training examples (at
-            most 100 batches) through the untrained start.
         seed: decides head, batches, subset and, without an initialization, the body.
-        train_images: train on a class-balanced subset of at most so many examples, the same for every
-            initialization.
         device: where to train.
         dtype: of the parameters; None takes the initialization's, else the model's.
         workers: processes that load examples which are not in memory.
         evaluate_every: add the test metrics to the curve every so many steps.
         progress: called with (steps done, steps).
+        fields: the fields of `trajshift.Finetune`, in place of `settings`.
 
     Raises:
-        UsageError: an initialization that does not fit the model, or an impossible choice.
+        UsageError: an initialization that does not fit the model, an impossible choice, or fields beside settings.
         NonFiniteLoss: the training loss became infinite or not a number; names the step and the learning
             rate.
     """
-    if steps < 0:
-        raise UsageError(f"steps is {steps}; use 0 or more")
-    if running_stats not in RUNNING_STATS:
-        raise UsageError(f"running_stats is {running_stats!r}{nearest(running_stats, RUNNING_STATS)}")
-    if options is None:
-        options = SGD_OPTIONS["finetune"] if str(optimizer).lower() == "sgd" else {}
-    inner = Inner(
-        optimizer=optimizer,
-        lr=lr,
-        options=dict(options),
-        schedule=schedule,
-        milestones=milestones,
-        factor=factor,
-    )
+    settings = finetune_settings(settings, fields, set(signature(finetune).parameters) - {"fields"})
+    optimizer_class(settings.optimizer)  # refused before anything is built
     device = torch.device(device)
     module, started_from, fresh = build_module(initialization, task, model=model, head=head, seed=seed, dtype=dtype)
     if faster_channels_last(module):
@@ -152,13 +122,13 @@ def finetune(
     if device.type == "cpu":
         keep_memory()
     module.to(device)
-    images = training_images(task, train_images)
-    task = few(task, train_images, seed)
+    images = training_images(task, settings.train_images)
+    task = few(task, settings.train_images, seed)
     kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    batches = TaskBatches(task, seed=seed, batch_size=batch_size, device=device, dtype=kind)
+    batches = TaskBatches(task, seed=seed, batch_size=settings.batch_size, device=device, dtype=kind)
     with repeatable(device), closing(PrefetchLoader({task.name: batches}, workers)):
-        start_statistics(module, task, batches, running_stats, initialization)
-        training = _Training(module, task, batches, inner, seed, steps)
+        start_statistics(module, task, batches, settings.running_stats, initialization)
+        training = _Training(module, task, batches, settings, seed)
         curve = training.run(evaluate_every, progress)
         metrics = test_metrics(module, task, batches) if task.test is not None else {}
     return FineTuned(
@@ -332,21 +302,19 @@ def _recalibrate(module: nn.Module, task: Task, parts: Sequence[Any], batches: T
 class _Training:
     """The plain training loop, with its learning curve."""
 
-    def __init__(
-        self, module: nn.Module, task: Task, batches: TaskBatches, inner: Inner, seed: int, steps: int
-    ) -> None:
-        self.module, self.task, self.batches, self.inner = module, task, batches, inner
-        self.seed, self.steps = seed, steps
+    def __init__(self, module: nn.Module, task: Task, batches: TaskBatches, settings: Finetune, seed: int) -> None:
+        self.module, self.task, self.batches, self.settings = module, task, batches, settings
+        self.seed, self.steps = seed, settings.steps
         self.curve: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
 
     def run(self, evaluate_every: int | None, progress: Callable[[int, int], None] | None) -> list[dict[str, float]]:
         """Takes all steps; returns the curve."""
         self.module.train()
-        optimizer = self.inner.build_optimizer([p for p in self.module.parameters() if p.requires_grad])
+        optimizer = optimizer_for(self.settings, [p for p in self.module.parameters() if p.requires_grad])
         every = max(1, self.steps // CURVE_POINTS)
         for step in range(self.steps):
-            set_lr(optimizer, self.inner.lr_at(step / self.steps))
+            set_lr(optimizer, self.settings.lr_at(step / self.steps))
             self._step(optimizer, step)
             done = step + 1
             tested = evaluate_every is not None and done % evaluate_every == 0
@@ -374,7 +342,7 @@ class _Training:
             at = done - len(losses) + int(bad[0])
             raise NonFiniteLoss(
                 f"fine-tuning {self.task.name!r}: the loss at step {at + 1} is {float(losses[int(bad[0])])} with "
-                f"learning rate {self.inner.lr_at(at / self.steps):g}; lower lr"
+                f"learning rate {self.settings.lr_at(at / self.steps):g}; lower lr"
             )
         point = {"step": float(done), "train_loss": float(losses.mean())}
         self.curve.append(point | (test_metrics(self.module, self.task, self.batches) if tested else {}))

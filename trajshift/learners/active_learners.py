@@ -17,12 +17,12 @@ from trajshift.data.batches import TaskBatches
 from trajshift.data.loader import PrefetchLoader
 from trajshift.distributed import World, balance
 from trajshift.errors import UsageError
-from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.learner import Learner
 from trajshift.learners.modules import fresh_module, head_key
 from trajshift.learners.parameter_matrix import Trajectories
 from trajshift.learners.sharing import Blueprint
 from trajshift.rng import generator_state, key, permutation, seeded
+from trajshift.settings import Inner
 from trajshift.task import Task, move
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]

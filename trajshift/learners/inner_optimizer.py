@@ -1,10 +1,8 @@
-"""Optimizers: by name or callable, their schedules, and their state as named tensors."""
+"""Optimizers: built by name or callable, and their state as named tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trajshift.errors import UsageError, nearest
+from trajshift.settings import Optimization
 
-_ELEMENTWISE = {"SGD", "Adam", "AdamW", "RMSprop"}
 _FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW}
 """Optimizers that PyTorch has as one kernel over all parameters, on the CPU and on CUDA."""
 _REFUSED = {
@@ -31,58 +29,6 @@ PARAMETER_SPACE_STATE = {"ax", "z"}
 """Optimizer state that lives in parameter space (ASGD's average, schedule-free's z) and moves with a shift."""
 
 
-@dataclass(kw_only=True)
-class Inner:
-    """How a learner takes its inner steps.
-
-    Raises:
-        UsageError: an unknown or refused optimizer or schedule, a learning rate that is not positive, or
-            `flat` for an optimizer that is not elementwise.
-    """
-
-    optimizer: str | Callable[..., Optimizer] = "sgd"
-    """A `torch.optim` class by name, or `callable(parameters, lr=..., **options)`."""
-    lr: float = 0.01
-    """Inner learning rate alpha."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer: momentum, weight_decay, ..."""
-    schedule: str | Callable[[float], float] = "constant"
-    """Factor on lr over the horizon: `constant`, `cosine`, `step`, or a function of the fraction done, in [0, 1)."""
-    milestones: Sequence[float] = (0.4, 0.7, 0.9)
-    """Fractions of the horizon at which schedule `step` multiplies by `factor`."""
-    factor: float = 0.3
-    """What schedule `step` multiplies by."""
-    flat: bool = False
-    """Run on the whole row at once instead of parameter by parameter; for SGD, Adam, AdamW and RMSprop."""
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise UsageError(f"inner learning rate is {self.lr}; use a positive number")
-        kind = optimizer_class(self.optimizer)
-        if self.flat and getattr(kind, "__name__", "") not in _ELEMENTWISE:
-            raise UsageError(
-                f"flat is for elementwise optimizers ({', '.join(sorted(_ELEMENTWISE))}), not {self.optimizer}"
-            )
-        if isinstance(self.schedule, str) and self.schedule not in ("constant", "cosine", "step"):
-            raise UsageError(
-                f"unknown schedule {self.schedule!r}{nearest(self.schedule, ('constant', 'cosine', 'step'))}"
-            )
-
-    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer on these parameters."""
-        return build_optimizer(self.optimizer, parameters, lr=self.lr, **self.options)
-
-    def lr_at(self, fraction: float) -> float:
-        """The learning rate once `fraction` of the horizon, in [0, 1), is done."""
-        if callable(self.schedule):
-            return self.lr * self.schedule(fraction)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1.0 + math.cos(math.pi * fraction))
-        if self.schedule == "step":
-            return self.lr * self.factor ** sum(fraction >= milestone for milestone in self.milestones)
-        return self.lr
-
-
 def optimizer_class(optimizer: str | Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     """The class for a name (case does not matter); a callable is returned as it is.
 
@@ -98,6 +44,11 @@ def optimizer_class(optimizer: str | Callable[..., Optimizer]) -> Callable[..., 
     if name.lower() not in _BY_NAME:
         raise UsageError(f"unknown optimizer {optimizer!r}{nearest(name.lower(), _BY_NAME)}")
     return _BY_NAME[name.lower()]
+
+
+def optimizer_for(settings: Optimization, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimizer that `Inner` or `Finetune` names, on these parameters."""
+    return build_optimizer(settings.optimizer, parameters, lr=settings.lr, **settings.arguments)
 
 
 def build_optimizer(

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 
 from trajshift.data.batches import TaskBatches
 from trajshift.errors import UsageError
-from trajshift.learners.inner_optimizer import PARAMETER_SPACE_STATE, Inner, load_state_tensors, set_lr, state_tensors
+from trajshift.learners.inner_optimizer import (
+    PARAMETER_SPACE_STATE,
+    load_state_tensors,
+    optimizer_for,
+    set_lr,
+    state_tensors,
+)
 from trajshift.learners.modules import fresh_module, head_key
 from trajshift.learners.parameter_matrix import Trajectories
 from trajshift.learners.sharing import Blueprint
 from trajshift.rng import key, seed_generators
+from trajshift.settings import Inner
 from trajshift.task import Batch, Task
 
 
@@ -93,7 +100,7 @@ class Learner:
     def renew_optimizer(self) -> None:
         """Forgets the inner optimizer's state."""
         parameters = [*self._optimized().values()]
-        self.optimizer = self.inner.build_optimizer(parameters)
+        self.optimizer = optimizer_for(self.inner, parameters)
 
     def _optimized(self) -> dict[str, nn.Parameter]:
         if not self.adapt_shared:

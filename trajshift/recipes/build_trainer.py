@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,16 +11,17 @@ from torch import nn
 
 from trajshift import models
 from trajshift.algorithm.carries import Carry
+from trajshift.algorithm.meta_gradients import MetaGradient
 from trajshift.data.batches import TaskBatches
 from trajshift.errors import UsageError
 from trajshift.learners.initialization import is_statistic
-from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.modules import Factory, fresh_module, head_key
 from trajshift.learners.pretrained import load_start
 from trajshift.learners.sharing import is_in_head
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.recipe import Recipe
 from trajshift.rng import seeded
+from trajshift.settings import Meta
 from trajshift.task import Task
 from trajshift.training.approximation_error import ApproximationErrorMeter
 from trajshift.training.trainer import MetaTrainer
@@ -34,34 +35,20 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         UsageError: whatever does not fit, in one sentence.
     """
     tasks = build_tasks(recipe)
-    inner = recipe.inner
     start = None if recipe.initialization is None else load_start(recipe.initialization)
     model = model_factory(recipe)
     check_fit(model, tasks, recipe)
+    device(str(recipe.execution.device))
+    every = recipe.output.error_every
     return MetaTrainer(
         model,
         tasks,
         recipe.method,
         horizon=recipe.horizon,
         rounds=recipe.rounds,
-        meta_lr=recipe.meta_lr,
-        meta_every=recipe.meta_every,
-        carry=_carry(recipe.carry),
-        adapt=recipe.adapt,
-        metagrad=recipe.metagrad,
-        batch=recipe.batch,
-        metagrad_options=recipe.metagrad_options,
-        inner=Inner(
-            optimizer=inner.optimizer,
-            lr=inner.lr,
-            options=inner.options or {},
-            schedule=inner.schedule,
-            milestones=inner.milestones,
-            factor=inner.factor,
-            flat=inner.flat,
-        ),
-        meta_optimizer=recipe.meta.optimizer,
-        meta_options=recipe.meta.options,
+        inner=recipe.inner,
+        meta=with_own_objects(recipe.meta),
+        execution=recipe.execution,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         head=recipe.head,
@@ -70,33 +57,34 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
         tasks_per_round=recipe.tasks_per_round,
         initialization=start,
         heldout=recipe.heldout,
-        workers=recipe.workers,
-        device=device(recipe.device),
-        grad_clip=recipe.grad_clip,
-        autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
-        channels_last=recipe.channels_last,
-        overlap=recipe.overlap,
-        engine=recipe.engine,
-        gauge=None
-        if recipe.output.error_every is None
-        else ApproximationErrorMeter.every(recipe.output.error_every, recipe.horizon),
+        error_meter=None if every is None else ApproximationErrorMeter.every(every, recipe.horizon),
     )
 
 
-def _carry(name: str | None) -> str | Carry | None:
-    """A carry by name, or made by the user's own function or class.
+def with_own_objects(meta: Meta) -> Meta:
+    """The section with the meta-gradient and the carry that it names as `package.module:factory` made.
 
     Raises:
-        UsageError: what an import path names makes no `Carry`.
+        UsageError: a factory that cannot be imported or called, or returns something else.
     """
-    if name is None or ":" not in name:
-        return name
+    made: dict[str, Any] = {}
+    if meta.gradient is not None and ":" in meta.gradient:
+        made["gradient"] = _call(meta.gradient, "meta.gradient", MetaGradient, meta.gradient_options)
+        made["gradient_options"] = {}
+    if meta.carry is not None and ":" in meta.carry:
+        made["carry"] = _call(meta.carry, "meta.carry", Carry, {})
+    return replace(meta, **made)
+
+
+def _call(name: str, role: str, kind: type, options: Mapping[str, Any]) -> Any:
+    """What the user's own function or class returns, which must be of this kind."""
     try:
-        made = load_object(name, "carry")()
+        made = load_object(name, role)(**options)
     except TypeError as error:
-        raise UsageError(f"carry {name!r} could not be called without arguments: {error}") from error
-    if not isinstance(made, Carry):
-        raise UsageError(f"carry {name!r} returned a {type(made).__name__}; return a trajshift.Carry")
+        given = f"with {dict(options)}" if options else "without arguments"
+        raise UsageError(f"{role} {name!r} could not be called {given}: {error}") from error
+    if not isinstance(made, kind):
+        raise UsageError(f"{role} {name!r} returned a {type(made).__name__}; return a trajshift.{kind.__name__}")
     return made
 
 
@@ -111,7 +99,7 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; try device=cpu"
+            f"device {name!r} is not available on this machine: {str(error).splitlines()[0]}; try device=cpu"
         ) from None
     return found
 
@@ -189,10 +177,10 @@ def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
 def finetune_options(recipe: Recipe) -> dict[str, Any]:
     """The recipe's arguments for `finetune`, its seed included."""
     return {
-        **asdict(recipe.finetune),
+        "settings": recipe.finetune,
         "model": model_factory(recipe),
         "head": recipe.head,
-        "device": device(recipe.device),
-        "workers": recipe.workers,
+        "device": device(str(recipe.execution.device)),
+        "workers": recipe.execution.workers,
         "seed": recipe.seed,
     }

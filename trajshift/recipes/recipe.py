@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 from trajshift.algorithm.methods import resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.recipes.sections import (
-    FORBID_UNKNOWN,
     IMPORT_PATH,
     DataRecipe,
-    FinetuneRecipe,
-    InnerRecipe,
-    MetaRecipe,
     ModelRecipe,
     OutputRecipe,
     TaskRecipe,
-    at_least,
     check_task_names,
-    one_of,
-    positive,
 )
-from trajshift.settings import ENGINES, SGD_OPTIONS
+from trajshift.recipes.short_names import full_path, put_in_sections, refuse_two_names, short_path
+from trajshift.settings import (
+    FORBID_UNKNOWN,
+    SHORT_NAMES,
+    Execution,
+    Finetune,
+    Inner,
+    Meta,
+    Optimization,
+    at_least,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -37,10 +41,11 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 SECTIONS: dict[str, type] = {
     "model": ModelRecipe,
-    "inner": InnerRecipe,
-    "meta": MetaRecipe,
+    "inner": Inner,
+    "meta": Meta,
+    "execution": Execution,
     "data": DataRecipe,
-    "finetune": FinetuneRecipe,
+    "finetune": Finetune,
     "output": OutputRecipe,
 }
 TASK_SECTIONS = ("tasks", "tuning", "targets")
@@ -48,10 +53,7 @@ TASK_SECTIONS = ("tasks", "tuning", "targets")
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
-    """Everything that decides the numbers of a run, and where they are written.
-
-    The four choices (metagrad, carry, adapt, batch, with meta_every) left null are those of the method.
-    """
+    """Everything that decides the numbers of a run, and where they are written."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
@@ -63,28 +65,6 @@ class Recipe:
 
     rounds: int = 200
     """Resets (M); each task makes horizon * rounds inner steps."""
-
-    meta_lr: float | None = None
-    """Meta-learning rate (beta); null takes the method's, printed at the start."""
-
-    meta_every: int | None = None
-    """Inner steps between meta-updates, a divisor of horizon."""
-
-    metagrad: str | None = None
-    """Meta-gradient: displacement, last_gradient, path_length or implicit."""
-
-    metagrad_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the meta-gradient, such as iMAML's strength."""
-
-    carry: str | None = None
-    """What the running theta does once phi has moved: shift, hold, random, replay, or `package.module:carry`, which
-    is called without arguments and returns a `trajshift.algorithm.carries.Carry`."""
-
-    adapt: str | None = None
-    """Which parameters the inner step moves: all or head."""
-
-    batch: str | None = None
-    """Where a gradient at theta is taken: train (the last inner one) or heldout batches."""
 
     seed: int = 0
     """Every random draw follows from it."""
@@ -107,31 +87,6 @@ class Recipe:
     shared: str | list[str] | None = None
     """Patterns of the names of the shared parameters; null shares all outside the head."""
 
-    grad_clip: float | None = None
-    """Largest gradient norm of a task; null does not clip."""
-
-    autocast: str | None = None
-    """bfloat16 or float16 for the forward passes; null keeps float32."""
-
-    device: str = "cpu"
-    """A torch device, such as cpu or cuda."""
-
-    workers: int = 0
-    """Processes that load sources too large for memory; 0 loads in the training process."""
-
-    threads: int | None = None
-    """CPU threads of each process; null shares the cores among the processes. Two counts can differ in bits."""
-
-    engine: str = "auto"
-    """How the steps are run: loop (one task after another), parallel (side by side on the CPU's threads), graph (CUDA
-    graphs) or auto, the fastest of them that can."""
-
-    channels_last: bool | None = None
-    """Keep convolutions channels-last; null does where that is faster."""
-
-    overlap: bool = False
-    """Let the ranks sum a meta-gradient while the next inner step runs; phi and theta then move one inner step late."""
-
     initialization: str | None = None
     """What phi starts from: a run's initialization.safetensors, published weights in a file (safetensors, or a state
     dict as torchvision's .pth) or on the hub (hub:timm/resnet18.tv_in1k@REVISION); null draws it from the seed."""
@@ -139,11 +94,14 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The network."""
 
-    inner: InnerRecipe = field(default_factory=InnerRecipe)
+    inner: Inner = field(default_factory=Inner)
     """The optimizer of the local learners."""
 
-    meta: MetaRecipe = field(default_factory=MetaRecipe)
-    """The optimizer of phi."""
+    meta: Meta = field(default_factory=Meta)
+    """How phi moves: what replaces the method's choices, and phi's optimizer."""
+
+    execution: Execution = field(default_factory=Execution)
+    """Where and how the steps run."""
 
     data: DataRecipe = field(default_factory=DataRecipe)
     """What every task uses unless it says otherwise."""
@@ -160,7 +118,7 @@ class Recipe:
     targets: dict[str, TaskRecipe] = field(default_factory=dict)
     """Meta-test tasks, fine-tuned from phi."""
 
-    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    finetune: Finetune = field(default_factory=Finetune)
     """How targets and tuning tasks are fine-tuned."""
 
     output: OutputRecipe = field(default_factory=OutputRecipe)
@@ -169,14 +127,15 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_tasks()
+        meta = self.meta
         method = resolve(
             self.method,
             horizon=self.horizon,
-            meta_every=self.meta_every,
-            carry=None if IMPORT_PATH.fullmatch(self.carry or "") else self.carry,
-            adapt=self.adapt,
-            metagrad=self.metagrad,
-            batch=self.batch,
+            meta_every=meta.every,
+            carry=None if _is_own(meta.carry) else meta.carry,
+            adapt=meta.adapt,
+            metagrad="last_gradient" if _is_own(meta.gradient) else meta.gradient,
+            batch=meta.batch,
         )
         if method.single and len(self.source_tasks()) != 1:
             raise UsageError(f"method {self.method} trains on one task; choose it with train_on=[NAME]")
@@ -186,19 +145,13 @@ class Recipe:
         at_least("seed", self.seed, 0)
         at_least("batch_size", self.batch_size, 1, "image")
         at_least("tasks_per_round", self.tasks_per_round, 1, "task")
-        at_least("workers", self.workers, 0)
-        at_least("threads", self.threads, 1, "thread")
-        one_of("engine", self.engine, ENGINES)
-        positive("meta_lr", self.meta_lr)
         if (self.output.error_every or 0) > self.horizon:
             raise UsageError(
                 f"output.error_every is {self.output.error_every}, longer than a round of {self.horizon} inner steps "
                 "(horizon); use at most that"
             )
-        positive("grad_clip", self.grad_clip)
         if not 0 < self.heldout < 1:
             raise UsageError(f"heldout is {self.heldout}; it is a share of the training images, between 0 and 1")
-        one_of("autocast", self.autocast, ("bfloat16", "float16"))
         for part in self.renew:
             one_of("an entry of renew", part, ("heads", "optimizer", "statistics"))
 
@@ -240,7 +193,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UsageError: a missing or malformed file, an unknown field, or a value that cannot be.
     """
-    from trajshift.recipes.yaml_text import read_yaml
+    from trajshift.recipes.yaml_text import parse_value, read_yaml
 
     try:
         where = find(recipe)
@@ -248,9 +201,11 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
         raise UsageError(f"{recipe} cannot be read ({reason}); name a recipe file or a run directory") from error
-    data = read_yaml(text, str(where))
-    for override in overrides:
-        _override(data, override)
+    data = put_in_sections(read_yaml(text, str(where)), where.name)
+    given = [(text, *split_override(text)) for text in overrides]
+    refuse_two_names((text.partition("=")[0], parse_value(value)) for text, _, value in given)
+    for text, path, value in given:
+        _override(data, full_path(path), parse_value(value), text)
     return validate(data, where.name)
 
 
@@ -269,10 +224,11 @@ def find(recipe: str | Path) -> Path:
     raise UsageError(f"no recipe {str(recipe)!r}: neither a file nor built in{nearest(str(recipe), known)}")
 
 
-def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
     """A checked `Recipe` from plain mappings; the first fault is said in one sentence that starts with `where`."""
     from pydantic import TypeAdapter, ValidationError
 
+    data = put_in_sections(data, where)
     try:
         # through JSON, because strict there still builds dataclasses from mappings, and never reads true as 1
         return TypeAdapter(Recipe).validate_json(json.dumps(data, default=str), strict=True)
@@ -310,35 +266,48 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def split_override(text: str) -> tuple[list[str], str]:
-    """`key.path=value` as its path and its unread value."""
+    """`key.path=value` as its path, by the short name of a field that has one, and its unread value."""
     path, equals, value = text.partition("=")
     if not equals or not path or "" in path.split("."):
         raise UsageError(f"override {text!r} is not of the form key.path=value")
-    return path.split("."), value
+    return short_path(path.split(".")), value
 
 
-def _override(data: dict[str, Any], text: str) -> None:
-    """Put one `key.path=value` into the plain mapping of a recipe."""
-    from trajshift.recipes.yaml_text import parse_value
-
+def respelled(text: str) -> str:
+    """An override by its short name, so that it replaces an earlier one by that name."""
     path, value = split_override(text)
+    return f"{'.'.join(path)}={value}"
+
+
+def _override(data: dict[str, Any], path: list[str], value: Any, text: str) -> None:
+    """Put one value, given as the override `text`, into the plain mapping of a recipe."""
     here = data
     for depth, key in enumerate(path[:-1]):
         if depth == 1 and path[0] in TASK_SECTIONS and key not in here and path[-1] != "source":
             raise UsageError(f"unknown task {key!r} in {text!r}{nearest(key, here)}")
         if here.get(key) is None:
-            is_sgd = key == "options" and str(here.get("optimizer", "sgd")).lower() == "sgd"
-            here[key] = dict(SGD_OPTIONS.get(path[0], {})) if is_sgd else {}
+            here[key] = _default_options(path[0], here) if key == "options" else {}
         here = here[key]
         if not isinstance(here, dict):
             raise UsageError(f"override {text!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
-    parsed = parse_value(value)
-    if parsed is None and len(path) == 2 and path[0] in TASK_SECTIONS:
+    if value is None and len(path) == 2 and path[0] in TASK_SECTIONS:
         if path[1] not in here:
             raise UsageError(f"unknown task {path[1]!r} in {text!r}{nearest(path[1], here)}")
         del here[path[1]]
     else:
-        here[path[-1]] = parsed
+        here[path[-1]] = value
+
+
+def _default_options(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an override of one of them is added to, where the section gives none."""
+    kind = SECTIONS.get(section, Meta)
+    optimizer = fields.get("optimizer", "sgd")
+    return kind.default_options(str(optimizer)) if issubclass(kind, Optimization) else {}
+
+
+def _is_own(choice: str | None) -> bool:
+    """Whether a choice is the user's own object, named as `package.module:factory`."""
+    return IMPORT_PATH.fullmatch(choice or "") is not None
 
 
 def _sentence(error: ValidationError) -> str:
@@ -347,12 +316,13 @@ def _sentence(error: ValidationError) -> str:
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "unexpected_keyword_argument":
         owner = _class_at(path[:-1])
-        known = [entry.name for entry in fields(owner)]
+        known = [entry.name for entry in fields(owner)] + ([] if path[:-1] else list(SHORT_NAMES))
         section = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
         return f"unknown field {path[-1]!r}{section}{nearest(path[-1], known)}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{'.'.join(path)}: {message}" if path else message
+        section = ".".join(path)
+        return message if message.startswith(f"{section}.") or not path else f"{section}: {message}"
     for depth, part in enumerate(path):
         if part in ("float", "str") or part.startswith("list["):
             path = path[:depth]  # from here on: the branch of a union that was tried, no field

@@ -1,4 +1,6 @@
-"""The fields of a recipe: plain dataclasses with a docstring under each field, checked when made.
+"""The sections that recipes alone have: plain dataclasses with a docstring under each field, checked when made.
+
+The others are arguments in Python too: `trajshift.settings`.
 
 Nothing here imports torch, pydantic or YAML; `trajshift.recipes.recipe` reads, overrides and writes recipes and puts
 the section's name in front of a sentence from here.
@@ -13,30 +15,11 @@ from typing import Any
 
 from trajshift.data.registry import find
 from trajshift.errors import UsageError, nearest
-from trajshift.settings import SGD_OPTIONS
+from trajshift.settings import FORBID_UNKNOWN, at_least, positive
 
-FORBID_UNKNOWN = {"extra": "forbid"}
 SOURCE_KINDS = ("npz", "digits", "hf", "cache", "hub")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-def at_least(where: str, value: float | None, least: float, unit: str = "") -> None:
-    """Refuse a number below `least`; None passes."""
-    if value is not None and not value >= least:
-        raise UsageError(f"{where} is {value}; it must be at least {least}{' ' + unit if unit else ''}")
-
-
-def positive(where: str, value: float | None) -> None:
-    """Refuse a number that is not above zero and finite; None passes."""
-    if value is not None and not 0 < value < float("inf"):
-        raise UsageError(f"{where} is {value}; it must be a finite number above 0")
-
-
-def one_of(where: str, value: str | None, known: Collection[str]) -> None:
-    """Refuse a word outside `known`, naming the nearest; None passes."""
-    if value is not None and value not in known:
-        raise UsageError(f"{where} is {value!r}, which is unknown{nearest(value, known)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,53 +33,6 @@ class ModelRecipe:
 
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, such as width for conv."""
-
-
-@dataclass(kw_only=True, slots=True)
-class InnerRecipe:
-    """The optimizer of the local learners."""
-
-    __pydantic_config__ = FORBID_UNKNOWN
-
-    optimizer: str = "sgd"
-    """Any first-order torch.optim class without a closure, by name."""
-
-    lr: float = 0.01
-    """Inner learning rate (alpha)."""
-
-    options: dict[str, Any] | None = None
-    """Further arguments of the optimizer; null is momentum 0.9 and weight_decay 5e-4 for SGD, none for others."""
-
-    schedule: str = "constant"
-    """Learning-rate schedule within one horizon: constant, cosine or step."""
-
-    milestones: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9])
-    """For step: the shares of the horizon at which the learning rate falls."""
-
-    factor: float = 0.3
-    """For step: what the learning rate is multiplied with at each milestone."""
-
-    flat: bool = False
-    """Run an elementwise optimizer on the whole row of the parameter matrix at once."""
-
-    def __post_init__(self) -> None:
-        positive("lr", self.lr)
-        if self.options is None:
-            self.options = dict(SGD_OPTIONS["inner"]) if self.optimizer.lower() == "sgd" else {}
-        check_schedule(self)
-
-
-@dataclass(kw_only=True, slots=True)
-class MetaRecipe:
-    """The optimizer of phi."""
-
-    __pydantic_config__ = FORBID_UNKNOWN
-
-    optimizer: str | None = None
-    """A torch.optim class fed with the meta-gradient; null is the plain step phi <- phi - meta_lr * g."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of that optimizer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,53 +130,6 @@ class TaskRecipe:
 
 
 @dataclass(kw_only=True, slots=True)
-class FinetuneRecipe:
-    """Meta-test: how a target task is trained from the initialization; defaults as in the paper's section 4.2."""
-
-    __pydantic_config__ = FORBID_UNKNOWN
-
-    steps: int = 1000
-    """Training steps."""
-
-    batch_size: int = 128
-    """Images per step."""
-
-    optimizer: str = "sgd"
-    """Any first-order torch.optim class without a closure, by name."""
-
-    lr: float = 0.1
-    """Learning rate at the start."""
-
-    options: dict[str, Any] | None = None
-    """Further arguments of the optimizer; null is SGD's momentum 0.9, nesterov and weight_decay 5e-4, else none."""
-
-    schedule: str = "step"
-    """constant, cosine or step."""
-
-    milestones: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9])
-    """For step: the shares of the run at which the learning rate falls."""
-
-    factor: float = 0.3
-    """For step: what the learning rate is multiplied with at each milestone."""
-
-    running_stats: str = "reset"
-    """BatchNorm statistics at the start: reset (as published), keep or recalibrate."""
-
-    train_images: int | None = None
-    """Use at most so many training images of each target, class-balanced; null uses all."""
-
-    def __post_init__(self) -> None:
-        if self.options is None:
-            self.options = dict(SGD_OPTIONS["finetune"]) if self.optimizer.lower() == "sgd" else {}
-        at_least("steps", self.steps, 0, "steps")
-        at_least("batch_size", self.batch_size, 1, "image")
-        at_least("train_images", self.train_images, 1, "image")
-        positive("lr", self.lr)
-        one_of("running_stats", self.running_stats, ("reset", "keep", "recalibrate"))
-        check_schedule(self)
-
-
-@dataclass(kw_only=True, slots=True)
 class OutputRecipe:
     """What is written, where and how often; none of it changes the numbers."""
 
@@ -288,15 +177,6 @@ def check_image_fields(fields: DataRecipe | TaskRecipe) -> None:
         raise UsageError(f"channels is {fields.channels}; it must be 1 or 3")
     for std in fields.std if isinstance(fields.std, list) else [fields.std]:
         positive("std", std)
-
-
-def check_schedule(fields: InnerRecipe | FinetuneRecipe) -> None:
-    """Refuse unknown schedules and milestones that are no shares."""
-    one_of("schedule", fields.schedule, ("constant", "cosine", "step"))
-    positive("factor", fields.factor)
-    for share in fields.milestones:
-        if not 0 <= share <= 1:
-            raise UsageError(f"milestones holds {share}; each is a share of the steps, 0 to 1")
 
 
 def check_task_names(section: str, names: Collection[str]) -> None:

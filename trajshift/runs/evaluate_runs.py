@@ -201,8 +201,7 @@ class _Builder:
         from trajshift.recipes.build_trainer import finetune_options
 
         options = finetune_options(job.recipe)
-        for field in ("seed", "train_images"):  # the row says which
-            del options[field]
+        del options["seed"]  # the row says which
         if job.source != self._source:
             self._source, self._phi = job.source, None if job.source is None else load_phi(job.source)
         return finetuned_row(job.base, self._phi, self._task(job), job.train_images, options)

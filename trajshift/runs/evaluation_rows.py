@@ -11,6 +11,7 @@ from typing import Any
 from trajshift.errors import UsageError
 from trajshift.evaluation.comparison import UNTRAINED, Row, label_runs
 from trajshift.recipes.recipe import Recipe, flatten, load
+from trajshift.recipes.short_names import in_short_names
 from trajshift.runs.starting_points import digests_of
 from trajshift.utils.files import read_jsonl
 
@@ -98,7 +99,7 @@ def distinct(paths: Sequence[Path | str]) -> list[Path]:
 
 def labels_of(recipes: Mapping[Path, Recipe]) -> dict[Path, str]:
     """`comparison.label_runs` for recipes."""
-    return label_runs({path: flatten(recipe) for path, recipe in recipes.items()})
+    return label_runs({path: in_short_names(flatten(recipe)) for path, recipe in recipes.items()})
 
 
 def labelled(row: Row, path: Path, labels: Mapping[Path, str]) -> Row:

@@ -25,6 +25,7 @@ from trajshift.recipes.recipe import Recipe
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import FILE
+from trajshift.runs.resume import with_threads
 from trajshift.utils.processes import cores, stop_on_signal
 from trajshift.utils.progress import Progress
 
@@ -115,7 +116,7 @@ def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
     from trajshift.recipes.build_trainer import refuse_absent_device
     from trajshift.task import untested
 
-    for device in dict.fromkeys(job.recipe.device for job in jobs):
+    for device in dict.fromkeys(str(job.recipe.execution.device) for job in jobs):
         refuse_absent_device(device)
     for start in dict.fromkeys(job.recipe.initialization for job in jobs):
         if start is not None:
@@ -141,8 +142,8 @@ def _refuse_what_is_missing(jobs: Sequence[Job]) -> None:
 def _with_threads(job: Job, threads: int) -> Job:
     """A run that is continued keeps the threads it was started with."""
     run = RunDirectory(job.path)
-    chosen = job.recipe.threads or (run.recipe().threads if run.exists else None) or threads
-    return replace(job, recipe=replace(job.recipe, threads=chosen))
+    chosen = job.recipe.execution.threads or (run.recipe().execution.threads if run.exists else None) or threads
+    return replace(job, recipe=with_threads(job.recipe, chosen))
 
 
 def _total(jobs: Sequence[Job]) -> int:

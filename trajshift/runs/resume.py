@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, differences, flatten
+from trajshift.recipes.short_names import in_short_names
 
 MAY_CHANGE = ("rounds", "output", "data.root")
 """Fields that a resumed run may change at any step: they do not alter a number that was already computed."""
@@ -23,7 +24,7 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 def fingerprint(recipe: Recipe) -> str:
     """A hash of the fields that must not change on resume, to know a checkpoint of another recipe."""
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED, "threads")
-    fixed = {key: value for key, value in flatten(recipe).items() if not _within(key, free)}
+    fixed = {key: value for key, value in in_short_names(flatten(recipe)).items() if not _within(key, free)}
     return blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -33,7 +34,7 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
     Raises:
         UsageError: a field differs that must not, by its name.
     """
-    new = with_absolute_paths(replace(new, threads=new.threads or old.threads))
+    new = with_absolute_paths(with_threads(new, new.execution.threads or old.execution.threads))
     new.output = replace(new.output, name=new.output.name or old.output.name)
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED)
     refused = [key for key in differences(old, new) if not _within(key, free)]
@@ -46,6 +47,11 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
             f"{others}; only tasks, rounds and output may change on resume; give the new run another name or folder"
         )
     return new
+
+
+def with_threads(recipe: Recipe, threads: int | None) -> Recipe:
+    """The recipe with another number of threads."""
+    return replace(recipe, execution=replace(recipe.execution, threads=threads))
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -12,11 +12,11 @@ from typing import Any
 from trajshift.algorithm.methods import METHODS
 from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipes.recipe import Recipe, find, load, split_override
-from trajshift.recipes.sections import at_least
 from trajshift.recipes.yaml_text import parse_value
 from trajshift.runs.directory import run_name
 from trajshift.runs.evaluation_rows import collect
 from trajshift.runs.pool import Job, run_jobs
+from trajshift.settings import at_least
 from trajshift.utils.files import disk_errors, replace_file
 from trajshift.utils.processes import cores
 from trajshift.utils.terminal import console, print_table
@@ -47,7 +47,7 @@ class Result:
 
 
 def parse_grid(words: Sequence[str]) -> dict[str, list[str]]:
-    """`field=a,b,c` words as field -> values; commas inside brackets do not separate.
+    """`field=a,b,c` words as field -> values; commas inside brackets do not separate. A field has its short name.
 
     Raises:
         UsageError: no word, one that is not of this form, or a field or value given twice.
@@ -114,7 +114,7 @@ def _sweep(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path, jobs: i
             f"{len(new)} runs of {where.total_steps:,} inner steps per task, then {len(where.tuning)} tuning tasks"
             f" each; runs are in {folder}"
         )
-        workers = jobs or (cores() if where.device == "cpu" else 1)
+        workers = jobs or (cores() if where.execution.device == "cpu" else 1)
         failures |= run_jobs(list(new.values()), workers=workers, title=folder.name, log=folder / "sweep.log")
         work |= new
         broken = [failure for failure in failures.values() if not isinstance(failure, NonFiniteLoss)]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -23,7 +23,7 @@ from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipes.build_trainer import build_trainer, describe_start, unshared
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory
-from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths
+from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths, with_threads
 from trajshift.runs.starting_points import manifest_of
 from trajshift.training import checkpoint
 from trajshift.training.trainer import Event
@@ -56,7 +56,7 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
         UsageError: the directory holds a run and `resume` is False, the recipe differs where it must not, a loss is
             not finite (the last good checkpoint is kept), or the disk is full.
     """
-    world = World.current(recipe.device)
+    world = World.current(str(recipe.execution.device))
     directory = RunDirectory(path)
     advice = f"lower workers, or find more memory, and continue with: trajshift train --resume {path}"
     with disk_errors(directory.path), workers_alive(advice):
@@ -84,7 +84,7 @@ class _Run:
             recipe = resumed_recipe(self.old, recipe, directory.path)
         world.barrier()  # every rank has looked before the first one writes
         self._lock()
-        self.recipe = replace(recipe, threads=set_threads(world, recipe.threads))
+        self.recipe = with_threads(recipe, set_threads(world, recipe.execution.threads))
         self.trainer = build_trainer(self.recipe)
         self.fingerprint = fingerprint(self.recipe)
         self.seconds = 0.0
@@ -155,7 +155,7 @@ class _Run:
             **details,
             "from_step": self.trainer.step,
             "processes": self.world.size,
-            "threads": self.recipe.threads,
+            "threads": self.recipe.execution.threads,
         }
 
     def _tensorboard(self) -> Any:

@@ -66,7 +66,7 @@ def do(job: dict[str, Any]) -> bool:
     elif not train(recipe, run.path, resume=True, quiet=True).complete:
         return False
     if job["section"] is not None:
-        set_threads(World(), recipe.threads)  # a run that was complete has not set its own
+        set_threads(World(), recipe.execution.threads)  # a run that was complete has not set its own
         with disk_errors(run.path):
             evaluate_runs(
                 [run.path],

@@ -14,9 +14,9 @@ from trajshift.algorithm.carries import Carry, build_carry
 from trajshift.algorithm.methods import Method, ResolvedMethod, resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.learners.initialization import is_statistic
-from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.modules import Factory, as_factory
 from trajshift.learners.sharing import Blueprint, is_in_head
+from trajshift.settings import Inner
 from trajshift.task import Task
 from trajshift.training.meta_optimizer import MetaOptimizer, OptimizerMetaStep, PlainMetaStep
 
@@ -58,7 +58,7 @@ def _choose_meta_gradient(
         return resolved, metagrads.build_meta_gradient(resolved.metagrad, resolved.batch, options)
     kind = type(metagrad).__name__
     if options or choices["batch"]:
-        raise UsageError(f"metagrad is a {kind} object, which already has its options; drop metagrad_options and batch")
+        raise UsageError(f"metagrad is a {kind} object, which already has its options; drop gradient_options and batch")
     choices["batch"] = "heldout" if metagrad.needs_heldout else "train"
     name = metagrads.name_of(metagrad)
     # Of a class of the user's own nothing is known that would speak against a combination.
@@ -79,7 +79,7 @@ def choose_meta_optimizer(
                 f"{method.name} moves phi with the inner optimizer; drop meta_lr and the meta-optimizer, "
                 "and set the inner ones"
             )
-        return OptimizerMetaStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.options)
+        return OptimizerMetaStep(phi, blueprint.layout, inner.optimizer, inner.lr, inner.arguments)
     if meta_lr is None:
         meta_lr = method.default_meta_lr(horizon, method.meta_every)
     if not (0.0 < meta_lr < float("inf")):
@@ -138,6 +138,12 @@ def choose_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> 
     if method.single and len(listed) != 1:
         raise UsageError(f"{method.name} trains on one task, {len(listed)} were given; keep one")
     return listed
+
+
+def choose_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of the forward passes, from its name or torch's own."""
+    dtype: torch.dtype | None = getattr(torch, autocast) if isinstance(autocast, str) else autocast
+    return dtype
 
 
 def choose_renewals(renew: Collection[str]) -> frozenset[str]:

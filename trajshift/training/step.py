@@ -22,9 +22,9 @@ from trajshift.distributed import World
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.initialization import Initialization
-from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.learner import Learner
 from trajshift.learners.parameter_matrix import Layout
+from trajshift.settings import Inner
 from trajshift.task import Batch
 from trajshift.training.counters import Counters
 from trajshift.training.meta_optimizer import MetaOptimizer
@@ -159,7 +159,7 @@ class MetaStep:
     @property
     def momentum(self) -> float:
         """Of the inner optimizer; 0 for one that has none."""
-        return float(self.inner.options.get("momentum", 0.0))
+        return float(self.inner.arguments.get("momentum", 0.0))
 
     @property
     def stays_at_phi(self) -> bool:

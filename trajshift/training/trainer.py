@@ -8,28 +8,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from trajshift.algorithm.carries import Carry
-from trajshift.algorithm.meta_gradients import MetaGradient
 from trajshift.algorithm.methods import Method, ResolvedMethod
-from trajshift.distributed import World
+from trajshift.distributed import World, set_threads
 from trajshift.errors import UsageError
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.initialization import Initialization
-from trajshift.learners.inner_optimizer import Inner
+from trajshift.learners.inner_optimizer import optimizer_class
 from trajshift.learners.learner import Learner
 from trajshift.learners.modules import Factory
 from trajshift.learners.parameter_matrix import Layout
 from trajshift.rng import repeatable
+from trajshift.settings import Execution, Inner, Meta, check_sections, refuse_unknown_arguments
 from trajshift.task import Task
 from trajshift.training.approximation_error import ApproximationErrorMeter, joined
-from trajshift.training.choices import choose_meta_optimizer, choose_method, choose_model, choose_renewals, choose_tasks
+from trajshift.training.choices import (
+    choose_autocast,
+    choose_meta_optimizer,
+    choose_method,
+    choose_model,
+    choose_renewals,
+    choose_tasks,
+)
 from trajshift.training.engines.choose import choose_engine
-from trajshift.training.engines.loop import Engine
 from trajshift.training.step import MetaStep
 
 
@@ -69,13 +75,9 @@ class MetaTrainer:
         method: a preset of `trajshift.METHODS`, or a `Method` of one's own.
         horizon: K, inner steps between resets.
         rounds: M, trajectories per task.
-        meta_lr: beta; None takes the method's default.
-        meta_every, carry, adapt, metagrad, batch: replace the preset's choices. metagrad
-            and carry may be objects.
-        metagrad_options: arguments of the meta-gradient by name (Leap's norm, iMAML's strength, ...).
-        inner: the inner optimizer.
-        meta_optimizer: None for the plain step, or a `torch.optim` class by name or callable on phi.
-        meta_options: its further arguments.
+        inner: the inner optimizer, its learning rate (alpha) and schedule.
+        meta: the meta-learning rate (beta), phi's optimizer, and what replaces the preset's choices.
+        execution: device, engine, number format and processes.
         batch_size: examples per task and inner step.
         seed: decides phi, heads, batches and all other draws.
         head: dotted name(s) of the head; None finds `fc`, `head`, `heads` or `classifier`.
@@ -85,15 +87,7 @@ class MetaTrainer:
             starts with fresh optimizer state.
         initialization: where phi starts; None draws it from the seed.
         heldout: fraction of each training set kept for held-out batches, where the method needs them.
-        workers: processes that load map-style data sets.
-        device: where everything lives.
-        grad_clip: largest gradient norm of a task in an inner step.
-        autocast: dtype of the forward pass, for instance torch.bfloat16; parameters keep theirs.
-        gauge: measures the shift's approximation error; None does not.
-        channels_last: keeps convolutions' weights and activations channels-last; None where that is faster.
-        overlap: let the ranks sum a meta-gradient while the next inner step runs; inside a round phi and theta then
-            move one inner step late.
-        engine: how the steps are run: `loop`, `parallel`, `graph` or `auto`, which takes the fastest that can.
+        error_meter: measures the shift's approximation error; None does not.
 
     Raises:
         UsageError: whatever does not fit, in one sentence.
@@ -107,16 +101,9 @@ class MetaTrainer:
         *,
         horizon: int = 1000,
         rounds: int = 200,
-        meta_lr: float | None = None,
-        meta_every: int | None = None,
-        carry: str | Carry | None = None,
-        adapt: str | None = None,
-        metagrad: str | MetaGradient | None = None,
-        batch: str | None = None,
-        metagrad_options: Mapping[str, Any] | None = None,
-        inner: Inner | None = None,
-        meta_optimizer: Any = None,
-        meta_options: Mapping[str, Any] | None = None,
+        inner: Inner = Inner(),
+        meta: Meta = Meta(),
+        execution: Execution = Execution(),
         batch_size: int = 128,
         seed: int = 0,
         head: str | Sequence[str] | None = None,
@@ -125,34 +112,30 @@ class MetaTrainer:
         tasks_per_round: int | None = None,
         initialization: Initialization | Mapping[str, Tensor] | None = None,
         heldout: float = 0.2,
-        workers: int = 0,
-        device: str | torch.device = "cpu",
-        grad_clip: float | None = None,
-        autocast: torch.dtype | None = None,
-        gauge: ApproximationErrorMeter | None = None,
-        channels_last: bool | None = None,
-        overlap: bool = False,
-        engine: str | Engine = "auto",
+        error_meter: ApproximationErrorMeter | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        refuse_unknown_arguments("MetaTrainer", unknown, set(signature(MetaTrainer).parameters) - {"unknown"})
+        check_sections(inner=inner, meta=meta, execution=execution)
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; use at least 1")
-        if grad_clip is not None and grad_clip <= 0.0:
-            raise UsageError(f"grad_clip is {grad_clip}; use a positive number, or None")
-        world = World.current(str(device))
-        device = world.place(device)
-        inner = inner or Inner(options={"momentum": 0.9})
+        optimizer_class(inner.optimizer)  # refused here rather than at the first step
+        world = World.current(str(execution.device))
+        device = world.place(execution.device)
+        if execution.threads is not None:
+            set_threads(world, execution.threads)
         chosen, meta_gradient, carry = choose_method(
-            method, horizon=horizon, metagrad=metagrad, options=dict(metagrad_options or {}),
-            meta_every=meta_every, carry=carry, adapt=adapt, batch=batch,
+            method, horizon=horizon, metagrad=meta.gradient, options=dict(meta.gradient_options),
+            meta_every=meta.every, carry=meta.carry, adapt=meta.adapt, batch=meta.batch,
         )  # fmt: skip
         listed = choose_tasks(tasks, chosen)
         blueprint, phi = choose_model(
             model, listed, head=head, shared=shared, seed=seed, initialization=initialization, device=device,
-            channels_last=channels_last,
+            channels_last=execution.channels_last,
         )  # fmt: skip
         meta_optimizer = choose_meta_optimizer(
             chosen, phi, blueprint, inner,
-            horizon=horizon, meta_lr=meta_lr, optimizer=meta_optimizer, options=dict(meta_options or {}),
+            horizon=horizon, meta_lr=meta.lr, optimizer=meta.optimizer, options=dict(meta.options),
         )  # fmt: skip
         active = ActiveLearners(
             listed, blueprint, inner, world,
@@ -160,16 +143,17 @@ class MetaTrainer:
             heldout=heldout if meta_gradient.needs_heldout else 0.0,
             adapt_shared=chosen.adapt == "all",
             keep_gradients=meta_gradient.needs_gradients or carry.needs_gradients,
-            workers=workers, device=device,
+            workers=execution.workers, device=device,
         )  # fmt: skip
         self.rounds = rounds
         self.meta_step = MetaStep(
             method=chosen, meta_gradient=meta_gradient, carry=carry, meta_optimizer=meta_optimizer, inner=inner,
-            active=active, world=world, phi=phi, horizon=horizon, seed=seed, device=device, autocast=autocast,
-            grad_clip=grad_clip, overlap=overlap, renew=choose_renewals(renew), observer=gauge,
+            active=active, world=world, phi=phi, horizon=horizon, seed=seed, device=device,
+            autocast=choose_autocast(execution.autocast), grad_clip=inner.grad_clip, overlap=execution.overlap,
+            renew=choose_renewals(renew), observer=error_meter,
         )  # fmt: skip
-        self._asked = engine
-        self.engine = choose_engine(engine, self.meta_step)
+        self._asked = execution.engine
+        self.engine = choose_engine(self._asked, self.meta_step)
         world.same(self.initialization.digest(), "the first phi")
 
     # -- where the run stands --------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """error(k) = ||U_k(phi + d_1 + ... + d_{k-1}) - theta_k|| of every task along one trajectory (equation 5).
 
-The trajectory is a run of the library's loop, one round long, with a gauge. Everything is in float64.
+The trajectory is a run of the library's loop, one round long, with an error meter. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from trajshift.experiments.approximation.measurement_plan import (
     networks,
 )
 from trajshift.experiments.approximation.shifts import SHIFTS
-from trajshift.learners.inner_optimizer import Inner
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.build_trainer import model_factory
 from trajshift.recipes.recipe import Recipe
 from trajshift.rng import key, normal
+from trajshift.settings import Inner, Meta
 from trajshift.task import Task
 from trajshift.training.approximation_error import ApproximationErrorMeter
 from trajshift.training.trainer import MetaTrainer
@@ -68,41 +68,39 @@ class Laboratory:
 
         Numbers that are not finite become None.
         """
-        gauge = ApproximationErrorMeter(lambda k: k in self.plan.ks, every_task=True)
-        trainer = self._trainer(setting, draw, gauge, **self._movement(setting, draw))
+        meter = ApproximationErrorMeter(lambda k: k in self.plan.ks, every_task=True)
+        trainer = self._trainer(setting, draw, meter, self._movement(setting, draw))
         trainer.advance()
         curvature = sum(_norm_of_hessian(trainer, row) for row in range(len(self.tasks))) / len(self.tasks)
         for _ in trainer:
             pass
-        readings = [{name: _finite(value) for name, value in row.items()} for row in gauge.take()]
+        readings = [{name: _finite(value) for name, value in row.items()} for row in meter.take()]
         return {"readings": readings, "curvature": _finite(curvature), "parameters": trainer.layout.count}
 
-    def _movement(self, setting: Setting, draw: int) -> dict[str, Any]:
+    def _movement(self, setting: Setting, draw: int) -> Meta:
         """How phi moves, and theta with it."""
         if setting.shifts == PRESCRIBED:
-            start = self._trainer(setting, draw, None)
+            start = self._trainer(setting, draw, None, Meta())
             direction = normal(key(draw, "shifts"), len(start.phi), dtype=start.phi.dtype) * start.layout.mask(
                 start.device
             )
             shift = direction * (setting.beta / torch.linalg.vector_norm(direction))
-            return {"metagrad": Prescribed(shift.expand(self.plan.horizon, -1)), "meta_lr": 1.0}
+            return Meta(gradient=Prescribed(shift.expand(self.plan.horizon, -1)), lr=1.0)
         if setting.shifts == "recorded":
             carry = SHIFTS[setting.carry]() if setting.carry in SHIFTS else setting.carry
-            return {"metagrad": Prescribed(self._recorded(setting, draw)), "meta_lr": 1.0, "carry": carry}
-        return {"meta_lr": setting.beta}
+            return Meta(gradient=Prescribed(self._recorded(setting, draw)), lr=1.0, carry=carry)
+        return Meta(lr=setting.beta)
 
     def _recorded(self, setting: Setting, draw: int) -> Tensor:
         """The shifts `[K, P]` of trajectory shifting itself, so that all carries are measured along the same ones."""
-        trainer = self._trainer(setting, draw, None, meta_lr=setting.beta)
+        trainer = self._trainer(setting, draw, None, Meta(lr=setting.beta))
         shifts, before = [], trainer.phi.clone()
         for _ in trainer:
             shifts.append(trainer.phi - before)
             before = trainer.phi.clone()
         return torch.stack(shifts)
 
-    def _trainer(
-        self, setting: Setting, draw: int, gauge: ApproximationErrorMeter | None, **options: Any
-    ) -> MetaTrainer:
+    def _trainer(self, setting: Setting, draw: int, meter: ApproximationErrorMeter | None, meta: Meta) -> MetaTrainer:
         name, inner = OPTIMIZERS[setting.optimizer]
         return MetaTrainer(
             self._model(self.networks[setting.network]),
@@ -111,12 +109,12 @@ class Laboratory:
             horizon=self.plan.horizon,
             rounds=1,
             inner=Inner(optimizer=name, lr=setting.alpha, options=inner),
+            meta=meta,
             batch_size=self.recipe.batch_size,
             seed=draw,
             head=self.recipe.head,
             shared=[self.recipe.shared] if isinstance(self.recipe.shared, str) else self.recipe.shared,
-            gauge=gauge,
-            **options,
+            error_meter=meter,
         )
 
     def _model(self, options: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trajshift.learners.inner_optimizer import Inner
+from trajshift.settings import Inner, Meta
 from trajshift.task import Task
 from trajshift.training.approximation_error import ApproximationErrorMeter
 from trajshift.training.trainer import MetaTrainer
@@ -59,23 +59,23 @@ class _Point(nn.Module):
 def closed_form_check(
     *, momentum: float, alpha: float = 0.02, beta: float = 0.05, horizon: int = 200, seed: int = 0
 ) -> Check:
-    """Runs trajectory shifting on random quadratics with a gauge, and the closed form on the shifts it made."""
+    """Runs trajectory shifting on random quadratics with an error meter, and the closed form on the shifts it made."""
     generator = np.random.default_rng(seed)
     root = generator.standard_normal((TASKS, DIMENSION, DIMENSION))
     matrices = root @ root.transpose(0, 2, 1) / DIMENSION + 0.2 * np.eye(DIMENSION)
     centres = generator.standard_normal((TASKS, DIMENSION))
     ks = np.unique(np.geomspace(2, horizon, POINTS).round().astype(int))
-    gauge = ApproximationErrorMeter(lambda k: k in ks, every_task=True)
+    meter = ApproximationErrorMeter(lambda k: k in ks, every_task=True)
     trainer = MetaTrainer(
         lambda task: _Point(), [_task(t, matrices[t], centres[t]) for t in range(TASKS)], "trajectory-shifting",
-        horizon=horizon, rounds=1, meta_lr=beta, inner=Inner(lr=alpha, options={"momentum": momentum}),
-        batch_size=1, seed=seed, shared=("theta",), gauge=gauge,
+        horizon=horizon, rounds=1, inner=Inner(lr=alpha, options={"momentum": momentum}), meta=Meta(lr=beta),
+        batch_size=1, seed=seed, shared=("theta",), error_meter=meter,
     )  # fmt: skip
     path = [trainer.phi[:DIMENSION].clone()]
     for _ in trainer:
         path.append(trainer.phi[:DIMENSION].clone())
     shifts = torch.diff(torch.stack(path), dim=0).numpy()
-    measured = np.array([row["error"] for row in gauge.take()]).reshape(-1, TASKS).mean(1)
+    measured = np.array([row["error"] for row in meter.take()]).reshape(-1, TASKS).mean(1)
     exact = np.mean([_errors(matrix, shifts, alpha, momentum) for matrix in matrices], axis=0)
     return Check(momentum, exact, ks, measured)
 

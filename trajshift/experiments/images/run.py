@@ -8,11 +8,11 @@ from pathlib import Path
 from trajshift.errors import UsageError
 from trajshift.experiments.images.catalogue import EXPERIMENTS, SCALES, Arms
 from trajshift.experiments.images.tuned_rates import Tuned, read_tuned
-from trajshift.recipes.recipe import Recipe, load, split_override
-from trajshift.recipes.sections import at_least
+from trajshift.recipes.recipe import Recipe, load, respelled, split_override
 from trajshift.report.terminal_summary import print_summary
 from trajshift.runs.evaluation_rows import collect
 from trajshift.runs.pool import Job, run_jobs
+from trajshift.settings import at_least
 from trajshift.utils.files import disk_errors
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.processes import cores
@@ -43,6 +43,7 @@ def experiment_jobs(
         raise UsageError(f"seeds is {seeds}; it must be at least 1")
     published = EXPERIMENTS[name]
     study = published.study
+    overrides = [respelled(word) for word in overrides]
     folder = out or Path("runs") / f"{study.recipe.partition('-')[0]}{'' if scale == 'full' else f'-{scale}'}"
     base = _base(name, scale, overrides)
     arms = published.by_scale[scale] if published.by_scale else published.arms
@@ -126,7 +127,7 @@ def _base(name: str, scale: str, overrides: Sequence[str]) -> Recipe:
     if scale not in SCALES:
         raise UsageError(f"scale is {scale!r}; use {', '.join(SCALES)}")
     study = EXPERIMENTS[name].study
-    return load(study.recipe, [*study.scales[scale], *overrides])
+    return load(study.recipe, [*study.scales[scale], *map(respelled, overrides)])
 
 
 def _refuse_decided(name: str, arms: Arms, overrides: Sequence[str]) -> None:
@@ -171,7 +172,7 @@ def run_published(
     )
     for note in notes:
         say.print(f"note: {note}")
-    workers = workers or (cores() if first.device == "cpu" else 1)
+    workers = workers or (cores() if first.execution.device == "cpu" else 1)
     with disk_errors(folder, option="--out", again="the same command"):
         failures = run_jobs(jobs, workers=workers, title=name, log=folder / f"{name}.log")
         page = _write(name, jobs, failures, notes)

@@ -23,6 +23,7 @@ from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.sources import ArraySource, MappedSource, as_source
 from trajshift.errors import UsageError
+from trajshift.learners.inner_optimizer import optimizer_for
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
 from trajshift.training.meta_optimizer import PlainMetaStep
@@ -339,7 +340,7 @@ def _transform(transform: object) -> ImageTransform | None:
 
 def _reads_its_rate_on_the_device(run: MetaStep) -> bool:
     """Whether the inner optimizer does, and the meta-optimizer needs none."""
-    trial = run.inner.build_optimizer([torch.nn.Parameter(torch.zeros(1, device=run.device))])
+    trial = optimizer_for(run.inner, [torch.nn.Parameter(torch.zeros(1, device=run.device))])
     fused = isinstance(trial, torch.optim.SGD) and all(group["fused"] for group in trial.param_groups)
     return fused and (run.method.joint or isinstance(run.meta_optimizer, PlainMetaStep))
 

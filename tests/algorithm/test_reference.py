@@ -1,21 +1,34 @@
-"""The loop against a plain PyTorch re-implementation: separate models, torch.optim, no flat matrix."""
+"""Every engine against `trajshift.algorithm.reference`: separate modules, torch.optim, no parameter matrix."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.learners import ConvNet, everything, image_tasks, make
-from trajshift import Inner, Task
+from tests.helpers.learners import ConvNet, SideBySide, everything, image_tasks, make
+from tests.helpers.recording import Recorder
+from trajshift import METHODS, Inner, MetaTrainer, Task
+from trajshift.algorithm.reference import (
+    LocalLearner,
+    Parameters,
+    algorithm_1,
+    algorithm_2,
+    displacement,
+    last_gradient,
+)
 from trajshift.data.batches import TaskBatches
+from trajshift.rng import key, normal
+from trajshift.training.engines.cuda_graph import Graph
+from trajshift.training.engines.loop import Engine
 
 HORIZON, ROUNDS, SEED, BATCH = 10, 5, 4, 5
 OPTIONS = {"momentum": 0.9, "weight_decay": 5e-4}
-LR, META_LR = 0.05, 0.2
+LR, META_LR = 0.0625, 0.2  # a rate that float32 holds exactly, as a recorded step reads it
 
 
 def factory(task: Task) -> nn.Module:
@@ -27,65 +40,68 @@ def factory(task: Task) -> nn.Module:
     return module
 
 
-class Twin:
-    """Algorithms 1 and 2 as printed, with one deep-copied model and one optimizer for each task."""
+def reference(
+    tasks: list[Task], phi: Parameters, method: str, trainer: MetaTrainer
+) -> tuple[list[LocalLearner], Iterator[int]]:
+    """Learners with modules and optimizers of their own, and the algorithm that runs them."""
+    total = sum(task.weight for task in tasks)
 
-    def __init__(self, tasks: list[Task], method: str, *, weights: list[float]) -> None:
-        self.method = method
-        self.weights = [weight / sum(weights) for weight in weights]
-        self.models = [copy.deepcopy(factory(task)).train() for task in tasks]
-        self.shared = [name for name, _ in self.models[0].named_parameters() if not name.startswith("fc.")]
-        self.phi = {name: self.models[0].get_parameter(name).detach().clone() for name in self.shared}
-        self.optimizers = [torch.optim.SGD(model.parameters(), lr=LR, **OPTIONS) for model in self.models]
-        self.batches = [TaskBatches(task, seed=SEED, batch_size=BATCH) for task in tasks]
+    def learner(task: Task) -> LocalLearner:
+        module = copy.deepcopy(factory(task)).train()
+        batches = TaskBatches(task, seed=SEED, batch_size=BATCH)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        for model in self.models:
-            for name in self.shared:
-                model.get_parameter(name).copy_(self.phi[name])
-
-    def step(self, step: int) -> None:
-        k = step % HORIZON
-        if k == 0:
-            self.reset()
-        for model, optimizer, batches in zip(self.models, self.optimizers, self.batches, strict=True):
+        def loss(module: nn.Module, step: int) -> Tensor:
             x, y = batches.train(step)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        if self.method == "trajectory-shifting" or k == HORIZON - 1:
-            self.meta_update(shift=k < HORIZON - 1)
+            return nn.functional.cross_entropy(module(x), y)
 
-    @torch.no_grad()
-    def meta_update(self, *, shift: bool) -> None:
-        for name in self.shared:
-            rows = [model.get_parameter(name) for model in self.models]
-            directions = [row.grad if self.method == "fomaml" else self.phi[name] - row for row in rows]
-            delta = -META_LR * sum(w * d for w, d in zip(self.weights, directions, strict=True))
-            self.phi[name] += delta
-            if shift:
-                for row in rows:
-                    row += delta
+        optimizer = torch.optim.SGD(module.parameters(), lr=LR, **OPTIONS)
+        return LocalLearner(module, optimizer, loss, task.weight / total)
+
+    def direction(t: int, step: int) -> Parameters:
+        """The draw that random shifting documents: a function of (seed, task, steps done)."""
+        drawn = normal(key(SEED, tasks[t].name, "direction", step + 1), len(trainer.phi), dtype=torch.float64)
+        return trainer.layout.views(drawn)
+
+    learners = [learner(task) for task in tasks]
+    sizes = {"meta_lr": META_LR, "horizon": HORIZON, "rounds": ROUNDS}
+    if method in ("reptile", "fomaml"):
+        gradient = last_gradient if method == "fomaml" else displacement
+        return learners, algorithm_1(phi, learners, **sizes, meta_gradient=gradient)
+    carry = METHODS[method].carry
+    return learners, algorithm_2(phi, learners, **sizes, carry=carry, direction=direction)
 
 
+def recorded(trainer: MetaTrainer) -> Engine:
+    """The engine of recorded steps, on the stand-in for a device; the loop where a step cannot be recorded."""
+    return Engine() if Graph.obstacle(trainer.meta_step) else Graph(Recorder())
+
+
+ENGINES = {"loop": lambda trainer: Engine(), "parallel": lambda trainer: SideBySide(), "graph": recorded}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("flat", [False, True], ids=["per parameter", "flat"])
-@pytest.mark.parametrize("method", ["trajectory-shifting", "reptile", "fomaml"])
-def test_fifty_steps_agree(method: str, flat: bool) -> None:
+@pytest.mark.parametrize(
+    "method", ["trajectory-shifting", "no-shifting", "random-shifting", "accurate", "reptile", "fomaml"]
+)
+def test_fifty_steps_agree(method: str, flat: bool, engine: str) -> None:
     tasks = image_tasks((2, 3, 5))
     tasks[1].weight = 2.0
-    twin = Twin(tasks, method, weights=[1.0, 2.0, 1.0])
     inner = Inner(lr=LR, options=OPTIONS, flat=flat)
     sizes = {"horizon": HORIZON, "rounds": ROUNDS, "batch_size": BATCH}
-    trainer = make(method, tasks, factory, seed=SEED, meta_lr=META_LR, inner=inner, **sizes)
+    trainer = make(method, tasks, factory, seed=SEED, meta_lr=META_LR, inner=inner, engine="loop", **sizes)
+    trainer.engine = ENGINES[engine](trainer)
     before = trainer.initialization
-    for event in trainer:
-        twin.step(event.step - 1)
-        compare(trainer.layout.views(trainer.phi), twin.phi)
-        for learner, model in zip(trainer.learners, twin.models, strict=True):
-            compare(dict(learner.module.named_parameters()), dict(model.named_parameters()))
-            compare(dict(learner.module.named_buffers()), dict(model.named_buffers()))
-    assert max((before[name] - twin.phi[name]).abs().max() for name in twin.shared) > 1e-2  # it did train
+    phi = {name: tensor.clone() for name, tensor in before.items()}
+    learners, steps = reference(tasks, phi, method, trainer)
+    for event, k in zip(trainer, steps, strict=True):
+        assert event.k == k
+        compare(trainer.layout.views(trainer.phi), phi)
+        for ours, theirs in zip(trainer.learners, learners, strict=True):
+            compare(dict(ours.module.named_parameters()), dict(theirs.module.named_parameters()))
+            compare(dict(ours.module.named_buffers()), dict(theirs.module.named_buffers()))
+    assert event.step == HORIZON * ROUNDS
+    assert max((before[name] - phi[name]).abs().max() for name in phi) > 1e-2  # it did train
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
