@@ -10,6 +10,7 @@ import trajshift
 TORCH_FREE = (
     "trajshift",
     "trajshift.errors",
+    "trajshift.settings",
     "trajshift.algorithm.methods",
     "trajshift.recipes.recipe",
     "trajshift.cli.main",
