@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.deaths import Death, train
 from tests.helpers.processes import start, start_ranks, wait
+from tests.helpers.waiting import PATIENCE
 from trajshift.training import checkpoint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -128,7 +129,7 @@ def test_one_rank_killed_under_torchrun(alone: Path, tmp_path: Path) -> None:
     words = command(tmp_path, "two-ranks", *METHODS["shifting"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     driver = [str(HELPERS / "deaths.py"), "1", "step", "7", "--"]
-    out = subprocess.run([*torchrun, *driver, *words], capture_output=True, text=True, timeout=300)
+    out = subprocess.run([*torchrun, *driver, *words], capture_output=True, text=True, timeout=PATIENCE)
     assert out.returncode != 0
     assert "exitcode  : -9" in out.stderr, out.stderr
     assert checkpoint.steps(tmp_path / "two-ranks" / "checkpoints") == [4]
