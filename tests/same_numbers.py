@@ -22,14 +22,14 @@ import torch
 from recording import Recorder
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trajshift.checkpoint import load, save
+from trajshift.engines import Graph, Parallel
+from trajshift.gauge import Gauge
 
 # -- the adapter: all that depends on where things are in the package and what its arguments are called ------
 from trajshift import METHODS, Inner, MetaTrainer, Task, finetune, models
-from trajshift.checkpoint import load, save
 from trajshift.cli import app
 from trajshift.data.digits import digits_targets, digits_tasks
-from trajshift.engines import Graph, Parallel
-from trajshift.gauge import Gauge
 
 
 def build(model: Any, tasks: list[Task], method: str, options: dict[str, Any], engine: Any = "loop") -> MetaTrainer:

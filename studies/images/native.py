@@ -22,18 +22,19 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tables import TARGETS, accuracies, averages, reached, with_holm
+from tables import SCRATCH, TARGETS, accuracies, averages, reached, typed, with_holm
 
 from trajshift.errors import NonFiniteLoss
-from trajshift.evaluation.comparison import SCRATCH, curves
+from trajshift.evaluation.comparison import curves
 from trajshift.evaluation.finetuning import finetune
 from trajshift.evaluation.statistics import compare, interval, show
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.build_trainer import finetune_options
 from trajshift.recipes.recipe import load
 from trajshift.report.figures import curve_figure, looks, save
-from trajshift.runs.starting_points import checkpoints_of, phi_of
+from trajshift.runs.starting_points import phi_of
 from trajshift.task import Task
+from trajshift.training.checkpoint_files import checkpoint_folders
 from trajshift.utils.files import append_row, read_jsonl
 from trajshift.utils.processes import stop_on_signal
 from trajshift.utils.progress import Progress
@@ -78,7 +79,7 @@ def work(job: Job) -> dict[str, Any]:
     """The job's row with what came of it."""
     torch.set_num_threads(1)
     changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={IMAGES}"]
-    phi = phi_of(dict(checkpoints_of(job.run))[job.step]) if job.step else None
+    phi = phi_of(checkpoint_folders(job.run / "checkpoints")[job.step]) if job.step else None
     options = finetune_options(load(job.run, changed))
     try:
         return job.row() | finetune(phi, task(job.run, job.data, job.target), **options).metrics
@@ -88,7 +89,7 @@ def work(job: Job) -> dict[str, Any]:
 
 def jobs(data: str, runs: list[Path]) -> Iterator[Job]:
     """From scratch, and after all rounds that every run of a seed has finished."""
-    ends = {run: {step for step, _ in checkpoints_of(run) if step % ROUND == 0} for run in runs}
+    ends = {run: {step for step in checkpoint_folders(run / "checkpoints") if step % ROUND == 0} for run in runs}
     seeds: dict[int, list[Path]] = defaultdict(list)
     for run in runs:
         seeds[load(run).seed].append(run)
@@ -182,11 +183,11 @@ def draw(rows: list[dict[str, Any]]) -> None:
     whole = {row["seed"] for row in rows if row["inner_steps"] == BOTH[-1]}
     first = [row for row in rows if row["seed"] in whole and row["finetune_lr"] == RATES[0]]
     first.sort(key=lambda row: METHODS.index(row["method"]))
-    trained = [row | {"label": row["method"]} for row in first if row["inner_steps"]]
-    untrained = [row | {"label": SCRATCH} for row in first if not row["inner_steps"]]
+    trained = [(row["inner_steps"], typed(row, label=row["method"])) for row in first if row["inner_steps"]]
+    untrained = [(0, typed(row, label=SCRATCH)) for row in first if not row["inner_steps"]]
     panels, levels = {}, {}
     for target in (None, *TARGETS):
-        curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
+        curve = partial(curves, metric="accuracy", target=target)
         panels[target or "average"] = curve(trained)
         levels[target or "average"] = {SCRATCH: curve(untrained)[0].y[-1]}
     styles = looks(METHODS)
@@ -196,7 +197,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     data, *runs = sys.argv[1:] or [""]
-    absent = [run for run in runs if not any(checkpoints_of(Path(run)))]
+    absent = [run for run in runs if not checkpoint_folders(Path(run) / "checkpoints")]
     if absent or (data and not runs):
         wrong = f"{absent[0]} has no checkpoints" if absent else "name the runs too"
         print(f"native.py: {wrong}; DATA RUN..., or nothing for the tables", file=sys.stderr)

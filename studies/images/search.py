@@ -169,9 +169,9 @@ def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: 
     kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
     found = evaluate_runs([run(study, rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
     for row in found:
-        if "error" in row:
-            raise Diverged(row["error"])
-    distinct = dict.fromkeys(tuple(row[name] for name in kept) for row in found)  # the last checkpoint is phi again
+        if row.error is not None:
+            raise Diverged(row.error)
+    distinct = dict.fromkeys(tuple(row.to_json()[name] for name in kept) for row in found)  # the last checkpoint is phi again
     return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 
 

@@ -26,8 +26,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trajshift.evaluation.comparison import FINAL, SCRATCH, curves, show_p, summary_table
-from trajshift.evaluation.statistics import Estimate, PairedTest, compare, holm, interval, paired_test, show
+from trajshift.evaluation.comparison import curves, summary_table
+from trajshift.evaluation.evaluation_row import EvaluationRow
+from trajshift.evaluation.statistics import Estimate, PairedTest, compare, holm, interval, paired_test, show, show_p
 from trajshift.recipes.recipe import load
 from trajshift.report.figures import comparison_figure, curve_figure, looks, save
 from trajshift.runs.evaluation_rows import read_evaluation, setting_of
@@ -42,7 +43,14 @@ HORIZONS = {
 """Method -> K -> start."""
 SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
 COLUMNS = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
+FINAL, SCRATCH = "initialization", "scratch"
 Row = dict[str, Any]
+
+
+def typed(row: Row, **changes: Any) -> EvaluationRow:
+    """A row as the package's own tables and figures take it; those kept here lack what is the same in all of them."""
+    same = {"checkpoint": FINAL, "method": row["start"], "inner_steps": 2000, "steps": 300}
+    return EvaluationRow.from_json(same | row | changes)
 
 
 def all_rows() -> Iterator[Row]:
@@ -62,7 +70,7 @@ def rows_of_runs() -> Iterator[Row]:
     for run in sorted((RESULTS / "runs").iterdir()):
         recipes = {rate: load(run, [f"finetune.lr={rate}"]) for rate in (0.03, 0.1)}
         rates = {setting_of(recipes[rate], "targets", target): rate for rate in recipes for target in TARGETS}
-        for row in read_evaluation(run):
+        for row in (one.to_json() for one in read_evaluation(run)):
             if row["setting"] in rates:
                 start = SCRATCH if row["checkpoint"] == SCRATCH else row["method"]
                 yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
@@ -114,11 +122,11 @@ def of_targets(starts: list[str]) -> None:
 def draw_methods(starts: list[str]) -> None:
     """Draws methods.svg: every start on every target, 1,000 images, rate 0.03, at which none breaks down."""
     chosen = [
-        {"checkpoint": FINAL, "setting": None, **row, "label": row["start"], "inner_steps": 2000, "steps": 300}
+        typed(row, label=row["start"], inner_steps=2000, steps=300, setting=row.get("setting"))
         for row in known_rows(starts)
         if row["target"] in TARGETS and row["start"] in starts and row["finetune_lr"] == 0.03
     ]
-    chosen.sort(key=lambda row: (starts.index(row["start"]), TARGETS.index(row["target"]), row["seed"]))
+    chosen.sort(key=lambda row: (starts.index(row.label), TARGETS.index(row.target), row.seed))
     summary = summary_table(chosen, train_images=1000)
     save(comparison_figure(summary, looks(starts)), "methods", RESULTS)
     (RESULTS / "methods.png").unlink()
@@ -260,15 +268,14 @@ def with_holm(test: PairedTest) -> str:
 
 def draw_horizons(rows: Iterable[Row], places: dict[str, tuple[str, int]]) -> None:
     """Draws horizon.svg: the average over targets of both methods against K, in each of four settings."""
-    chosen = [
-        row | {"label": places[row["start"]][0], "horizon": places[row["start"]][1]}
-        for row in rows
-        if row["start"] in places and row["target"] in TARGETS
-    ]
+    chosen = [row for row in rows if row["start"] in places and row["target"] in TARGETS]
     panels = {
         f"{images:,} images, rate {rate}": curves(
-            [row for row in chosen if (row["train_images"], row["finetune_lr"]) == (images, rate)],
-            "horizon",
+            [
+                (places[row["start"]][1], typed(row, label=places[row["start"]][0]))
+                for row in chosen
+                if (row["train_images"], row["finetune_lr"]) == (images, rate)
+            ],
             metric="accuracy",
         )
         for images, rate in SETTINGS
@@ -282,9 +289,9 @@ def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
     """Draws soon.svg: shifting against inner steps, Reptile's last accuracy as a level."""
     panels, levels, level = {}, {}, "reptile after 2,000"
     for target in (None, *TARGETS):
-        curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
-        panels[target or "average"] = curve(shifting)
-        levels[target or "average"] = {level: curve(reptile)[0].y[-1]}
+        curve = partial(curves, metric="accuracy", target=target)
+        panels[target or "average"] = curve([(row["inner_steps"], typed(row)) for row in shifting])
+        levels[target or "average"] = {level: curve([(row["inner_steps"], typed(row)) for row in reptile])[0].y[-1]}
     styles = looks(["trajectory-shifting", level])
     save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "soon", RESULTS)
     (RESULTS / "soon.png").unlink()

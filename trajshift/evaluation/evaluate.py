@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import NonFiniteLoss
-from trajshift.evaluation.comparison import FINAL, SCRATCH, Row
+from trajshift.evaluation.evaluation_row import FINAL, SCRATCH, EvaluationRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ def evaluate(
     train_images: Sequence[int | None] = (None,),
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> list[Row]:
+) -> list[EvaluationRow]:
     """Fine-tunes every target from every initialization; rows for `comparison.summary_table`.
 
     Args:
@@ -47,35 +48,35 @@ def evaluate(
     for done, (label, seed, phi, task, images) in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), f"{label} seed {seed} on {task.name}")
-        start = FINAL if phi is not None else SCRATCH
-        about = getattr(phi, "about", {})
-        base = {"checkpoint": start, "inner_steps": about.get("step", 0), "method": label, "label": label}
-        rows.append(finetuned_row(base | {"seed": seed}, phi, task, images, options))
+        row = EvaluationRow(
+            start=FINAL if phi is not None else SCRATCH,
+            inner_steps=getattr(phi, "about", {}).get("step", 0),
+            method=label,
+            label=label,
+            seed=seed,
+            target=task.name,
+            steps=options.get("steps", 1000),
+        )
+        rows.append(finetuned_row(row, phi, task, images, options))
     return rows
 
 
 def finetuned_row(
-    base: Row,
+    row: EvaluationRow,
     phi: Mapping[str, Tensor] | None,
     task: Task,
     train_images: int | None,
     options: Mapping[str, Any],
-) -> Row:
-    """One fine-tuning as a row; a loss that is not finite is a result too, and said as `error`."""
+) -> EvaluationRow:
+    """The row with the result of its fine-tuning; a loss that is not finite is a result too, kept as `error`."""
     from trajshift.evaluation.finetuning import finetune, training_images
     from trajshift.task import untested
 
     if task.test is None:
         raise untested(task.name)
-    row = {
-        **base,
-        "target": task.name,
-        "train_images": train_images,
-        "images": training_images(task, train_images),
-        "steps": options.get("steps", 1000),
-    }
+    row = replace(row, train_images=train_images, images=training_images(task, train_images))
     try:
-        tuned = finetune(phi, task, seed=base["seed"], train_images=train_images, **options)
+        tuned = finetune(phi, task, seed=row.seed, train_images=train_images, **options)
     except NonFiniteLoss as error:
-        return {**row, "error": str(error)}
-    return {**row, **tuned.metrics}
+        return replace(row, error=str(error))
+    return replace(row, metrics=tuned.metrics)

@@ -14,6 +14,7 @@ from trajshift.learners.initialization import tensor_names
 from trajshift.learners.modules import Factory, faster_channels_last, fresh_module, head_key, phi_key, to_channels_last
 from trajshift.learners.parameter_matrix import Layout
 from trajshift.task import Task
+from trajshift.utils.dotted_names import is_within
 
 _USUAL_HEADS = ("fc", "head", "heads", "classifier")
 
@@ -145,4 +146,4 @@ def shared_names(
 
 def is_in_head(name: str, heads: Sequence[str]) -> bool:
     """Whether a dotted parameter name lies in one of the heads."""
-    return any(name == head or name.startswith(head + ".") for head in heads)
+    return is_within(name, heads)

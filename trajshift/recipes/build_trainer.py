@@ -12,7 +12,7 @@ from torch import nn
 from trajshift import models
 from trajshift.algorithm.carries import Carry
 from trajshift.data.batches import TaskBatches
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.learners.initialization import is_statistic
 from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.modules import Factory, fresh_module, head_key
@@ -110,9 +110,7 @@ def device(name: str) -> torch.device:
         found = torch.device(name)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; try device=cpu"
-        ) from None
+        raise UsageError(f"device {name!r} is not to be had here: {first_line(error)}; try device=cpu") from None
     return found
 
 
@@ -155,7 +153,7 @@ def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
             shape = "" if task.input_shape is None else f" of shape {list(task.input_shape)}"
             raise UsageError(
                 f"the examples of task {name!r}{shape} do not fit model {recipe.model.name!r}: "
-                f"{str(error).splitlines()[0]}; set data.size and data.channels, or use another model"
+                f"{first_line(error)}; set data.size and data.channels, or use another model"
             ) from error
 
 

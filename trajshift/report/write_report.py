@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trajshift.evaluation.comparison import FINAL, Row
+from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 from trajshift.report import figures, result_sections
 from trajshift.report.page import Page
 from trajshift.report.run_sections import cost_section, environment_section, explanation_section, recipes_section
 from trajshift.report.saved_runs import Run, load_runs, task_names
 from trajshift.report.training_sections import training_section
 from trajshift.runs.evaluation_rows import collect
+from trajshift.utils.files import replace_file
 
 
 def write_report(
@@ -57,14 +58,13 @@ def write_report(
     recipes_section(page, runs)
     environment_section(page, runs)
     explanation_section(page)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.html(), encoding="utf-8")
+    replace_file(target, page.html())
     return target
 
 
-def _unfinished(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+def _unfinished(runs: Sequence[Run], rows: Sequence[EvaluationRow]) -> list[str]:
     """A sentence for each run that does not count; figures show it as far as it is."""
-    evaluated = {(row["label"], row["seed"]) for row in rows if row["checkpoint"] == FINAL}
+    evaluated = {(row.label, row.seed) for row in rows if row.start == FINAL}
     found = []
     for run in runs:
         done, total = run.last.get("step", 0), run.recipe.total_steps

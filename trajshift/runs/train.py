@@ -24,8 +24,8 @@ from trajshift.recipes.build_trainer import build_trainer, describe_start, unsha
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths
-from trajshift.runs.starting_points import manifest_of
 from trajshift.training import checkpoint
+from trajshift.training.checkpoint_files import manifest_of
 from trajshift.training.trainer import Event
 from trajshift.utils.environment import environment
 from trajshift.utils.files import disk_errors

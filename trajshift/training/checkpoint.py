@@ -23,20 +23,16 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.training.approximation_error import joined
+from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders
+from trajshift.utils.files import write_to_disk
 
 if TYPE_CHECKING:
     from trajshift.training.trainer import MetaTrainer
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"\d{9}")
-
 
 def _write(path: Path, content: bytes) -> str:
     """Writes a file down to the disk; returns its SHA-256."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_to_disk(path, content)
     return sha256(content).hexdigest()
 
 
@@ -128,7 +124,7 @@ def save(directory: Path, trainer: MetaTrainer, extra: dict[str, Any] | None = N
     tasks: dict[str, Any] = {}
     try:
         if world.rank == 0 and not failure:
-            files["shared.safetensors"] = _write(temporary / "shared.safetensors", _pack(shared))
+            files[SHARED] = _write(temporary / SHARED, _pack(shared))
         for index, name in enumerate(roster.tasks):
             if roster.home[name] == world.rank and not failure:
                 file = _file_name(index, name)
@@ -188,9 +184,7 @@ def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> str:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints under `directory`, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    return list(checkpoint_folders(directory))
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -288,7 +282,7 @@ def load(path: Path, trainer: MetaTrainer) -> dict[str, Any]:
 
 
 def _load_shared(path: Path, trainer: MetaTrainer, numbers: dict[str, Any]) -> None:
-    shared = parse((path / "shared.safetensors").read_bytes())
+    shared = parse((path / SHARED).read_bytes())
     views = trainer.layout.views(trainer.phi)
     unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
     if unknown:

@@ -12,7 +12,8 @@ from trajshift.recipes.recipe import Recipe, load, split_override
 from trajshift.recipes.sections import at_least
 from trajshift.report.terminal_summary import print_summary
 from trajshift.runs.evaluation_rows import collect
-from trajshift.runs.pool import Job, run_jobs
+from trajshift.runs.job import Job
+from trajshift.runs.pool import run_jobs
 from trajshift.utils.files import disk_errors
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.processes import cores

@@ -22,7 +22,7 @@ from trajshift.algorithm.meta_gradients import Displacement, LastGradient
 from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.sources import ArraySource, MappedSource, as_source
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
 from trajshift.training.meta_optimizer import PlainMetaStep
@@ -282,8 +282,7 @@ class Graph(Engine):
         try:
             self._steps[kind] = self._recorder.record(body)
         except RuntimeError as error:
-            first_line = str(error.__context__ or error).partition("\n")[0]
-            reason = f"a step cannot be recorded as a CUDA graph ({first_line})"
+            reason = f"a step cannot be recorded as a CUDA graph ({first_line(error.__context__ or error)})"
             for learner in trainer.learners:
                 learner.forget_gradients()
             if not self._or_loop:
