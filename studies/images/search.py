@@ -171,7 +171,8 @@ def fine_tunings(study: Study, rates: Rates, seed: int, rate: float, **options: 
     for row in found:
         if row.error is not None:
             raise Diverged(row.error)
-    distinct = dict.fromkeys(tuple(row.to_json()[name] for name in kept) for row in found)  # the last checkpoint is phi again
+    # the last checkpoint is phi again
+    distinct = dict.fromkeys(tuple(row.to_json()[name] for name in kept) for row in found)
     return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 
 

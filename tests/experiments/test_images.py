@@ -214,7 +214,9 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert worker.do(json.loads(job.line()))
+        sent = Job.from_line(job.to_line())
+        assert sent == job
+        assert worker.do(sent)
     finally:
         torch.set_num_threads(before)
     assert used == [1]

@@ -17,7 +17,6 @@ from trajshift.learners.initialization import is_statistic
 from trajshift.learners.inner_optimizer import Inner
 from trajshift.learners.modules import Factory, fresh_module, head_key
 from trajshift.learners.pretrained import load_start
-from trajshift.learners.sharing import is_in_head
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.recipe import Recipe
 from trajshift.rng import seeded
@@ -157,30 +156,16 @@ def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
             ) from error
 
 
-def unshared(trainer: MetaTrainer) -> list[str]:
-    """Trainable parameters of the first task's model outside the head that are not shared with all tasks.
-
-    Images of unequal channels make the first layer such a one, which is seldom wanted.
-    """
-    task = next(iter(trainer.roster.tasks.values()))
-    module = fresh_module(trainer.blueprint.factory, task, head_key(trainer.seed, task.name))
-    heads, shared = trainer.blueprint.heads, {entry.name for entry in trainer.layout.entries}
-    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [name for name in names if name not in shared and not is_in_head(name, heads)]
-
-
 def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
     """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
     if recipe.initialization is None:
         return None
-    shared = {entry.name for entry in trainer.layout.entries}
-    start = load_start(recipe.initialization)
-    left = [name for name in start if name not in shared]
+    left = trainer.blueprint.left
     statistics = [name for name in left if is_statistic(name)]
     rest = [name for name in left if not is_statistic(name)]
     parts = [f"not used: {', '.join(rest)}"] if rest else []
     parts += [f"{len(statistics)} BatchNorm statistics, which belong to tasks"] if statistics else []
-    return "; ".join([f"phi starts from {recipe.initialization}: {len(start) - len(left)} parameters", *parts])
+    return "; ".join([f"phi starts from {recipe.initialization}: {len(trainer.layout.entries)} parameters", *parts])
 
 
 def finetune_options(recipe: Recipe) -> dict[str, Any]:
