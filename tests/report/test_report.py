@@ -352,15 +352,16 @@ def test_refusals(tmp_path: Path) -> None:
         write_report([run])
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_of_the_extra_it_is_named(package: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0)
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import sys; sys.modules['{package}'] = None\n"
         "from trajshift.errors import UsageError\nfrom trajshift.report.write_report import write_report\n"
         f"try: write_report([{str(run)!r}])\nexcept UsageError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'trajshift[report]'" in out.stdout
+    assert out.stdout == f"intervals, figures and pages need {package}: pip install 'trajshift[report]'\n"
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trajshift.report.saved_runs import Run, load_runs, task_names
 from trajshift.report.training_sections import training_section
 from trajshift.runs.evaluation_rows import collect
 from trajshift.utils.files import replace_file
+from trajshift.utils.imports import need_report_extra
 
 
 def write_report(
@@ -36,8 +37,9 @@ def write_report(
     same page, byte for byte.
 
     Raises:
-        UsageError: no run given, or a path that is no run directory.
+        UsageError: no run given, a path that is no run directory, or the report extra is not installed.
     """
+    need_report_extra()
     runs = load_runs([Path(path) for path in paths])
     rows, left_out = collect([run.path for run in runs], train_images=train_images, as_asked=as_asked)
     target = _page_path(runs, out)
