@@ -104,7 +104,7 @@ def test_killed_again_and_again(name: str, alone: Path, tmp_path: Path) -> None:
         assert one_process(words, death, log) == -signal.SIGKILL, f"{death}\n{log.read_text()}"
     assert one_process(["train", str(tmp_path / name), "--resume"], None, log) == 0, log.read_text()
     assert results(tmp_path / name) == results(alone / name)
-    assert not list((tmp_path / name).rglob("*.tmp"))
+    assert not [*(tmp_path / name).rglob("*.tmp"), *(tmp_path / name).rglob("*.new")]
 
 
 RANK_DEATHS = [

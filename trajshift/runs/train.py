@@ -20,12 +20,12 @@ import torch
 from trajshift.data.loader import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.recipes.build_trainer import build_trainer, describe_start, unshared
+from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths, with_threads
-from trajshift.runs.starting_points import manifest_of
 from trajshift.training import checkpoint
+from trajshift.training.checkpoint_files import manifest_of
 from trajshift.training.trainer import Event
 from trajshift.utils.environment import environment
 from trajshift.utils.files import disk_errors
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
-    """Meta-train a recipe in the run directory `path`, or go on with what is there.
+    """Meta-train a recipe in the run directory `path`, or resume what is there.
 
     On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
 
@@ -175,7 +175,7 @@ class _Run:
         progress.note(f"{self.directory.path.name} {where}: {text}")
         if self.trainer.step == 0 and (start := describe_start(self.recipe, self.trainer)):
             progress.note(start)
-        if own := unshared(self.trainer):
+        if own := self.trainer.meta_step.active.blueprint.unshared:
             progress.note(f"not shared, because not every task has them with one shape: {', '.join(own)}")
 
     # training -----------------------------------------------------------------------------------------------

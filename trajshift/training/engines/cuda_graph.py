@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import TaskBatches, lies_on
 from trajshift.data.sources import ArraySource, MappedSource, as_source
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.learners.inner_optimizer import optimizer_for
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
@@ -304,8 +304,7 @@ class Graph(Engine):
         try:
             self._steps[kind] = self._recorder.record(body)
         except RuntimeError as error:
-            first_line = str(error.__context__ or error).partition("\n")[0]
-            reason = f"a step cannot be recorded as a CUDA graph ({first_line})"
+            reason = f"a step cannot be recorded as a CUDA graph ({first_line(error.__context__ or error)})"
             for learner in run.learners:
                 learner.forget_gradients()
             if not self._or_loop:
