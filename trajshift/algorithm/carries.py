@@ -55,9 +55,11 @@ def shift(trainer: MetaTrainer, delta: Tensor) -> None:
         trainer.theta.copy_(trainer.phi)
         return
     trainer.theta.add_(delta)
-    views = trainer.layout.views(delta)
-    for learner in trainer.learners:
-        learner.shift_state(views)
+    followers = [learner for learner in trainer.learners if learner.has_state_to_shift]
+    if followers:
+        views = trainer.layout.views(delta)
+        for learner in followers:
+            learner.shift_state(views)
 
 
 def hold(trainer: MetaTrainer, delta: Tensor) -> None:
