@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trajshift.algorithm.conjugate_gradient import Product, hessian_product
+from trajshift.kernels.switch import eager_kernels
 from trajshift.learners.active_learners import Roster
 from trajshift.learners.learner import Learner, untouched
 
@@ -62,7 +63,8 @@ class RosterProbe:
         """Products with the Hessian of one learner's loss on its last training batch."""
         learner = self._roster.learners[row]
         with self._pass(learner):
-            loss = learner.forward(learner.batches.train(self._batch), self._autocast)
+            with eager_kernels():  # fused ones have no second derivative
+                loss = learner.forward(learner.batches.train(self._batch), self._autocast)
             product = hessian_product(loss, list(learner.shared.values()), learner.pieces)
 
             def counted(v: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trajshift.kernels.conv3x3 import conv3x3
+from trajshift.kernels.norm_relu import norm_relu
 from trajshift.models.sizes import head, image_channels, init_convolutions, positive
 from trajshift.task import Task
 
@@ -74,8 +76,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        return F.relu(out.add_(shortcut), inplace=True)
+        x = norm_relu(self.bn1, conv3x3(self.conv1, x))
+        return norm_relu(self.bn2, conv3x3(self.conv2, x), shortcut)
 
 
 def _stage(channels: int, width: int, blocks: int, stride: int, *, project: bool) -> nn.Sequential:
@@ -98,7 +100,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or targets `[B, outputs]`."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = norm_relu(self.bn1, conv3x3(self.conv1, x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.mean(x, dim=(2, 3)))
 
@@ -119,7 +121,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or targets `[B, outputs]`."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, padding=1)
+        x = F.max_pool2d(norm_relu(self.bn1, self.conv1(x)), 3, 2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.mean(x, dim=(2, 3)))
 
