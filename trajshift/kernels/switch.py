@@ -38,7 +38,12 @@ def eager_kernels() -> AbstractContextManager[None]:
 
 def may_fuse(x: Tensor) -> bool:
     """Whether a fused kernel may take this tensor: switched on, on a GPU for which Triton compiles."""
-    return _enabled and (x.is_cuda or interpreted()) and works(x.device)
+    return _enabled and available(x.device)
+
+
+def available(device: torch.device) -> bool:
+    """Whether fused kernels run on a device at all."""
+    return (device.type == "cuda" or interpreted()) and works(device)
 
 
 def interpreted() -> bool:
@@ -51,8 +56,8 @@ def works(device: torch.device) -> bool:
     """Whether Triton is installed and compiles a kernel for the device; warns once where it is and does not."""
     if find_spec("triton") is None:
         return False
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return False  # no bfloat16
+    if device.type == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)):
+        return False  # before that there is no bfloat16
     from trajshift.kernels.probe import compiles
 
     try:
