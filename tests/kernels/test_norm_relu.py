@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.kernels import DEVICE, SLACK, distance
+from tests.helpers.kernels import DEVICE, FULL_SIZE, SLACK, distance
 from trajshift.kernels.norm_relu import norm_relu
 from trajshift.kernels.switch import eager_kernels
 
@@ -80,6 +80,26 @@ def test_it_repeats_to_the_last_bit() -> None:
         x, shortcut, bn = data(16, torch.bfloat16, size=40)
         runs.append(results(bn, x, shortcut))
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+@FULL_SIZE
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(16, 84), (32, 42), (64, 21), (512, 7)])
+def test_the_papers_sizes(channels: int, size: int, add: bool) -> None:
+    shape = (128, channels, size, size)
+    x, shortcut = (
+        torch.randn(shape, device=DEVICE).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    bn = nn.BatchNorm2d(channels).to(DEVICE)
+    given = shortcut.requires_grad_() if add else None
+    truth = exact(bn, x, given)
+    with eager_kernels():
+        eager = results(copy.deepcopy(bn), x.requires_grad_(), given)
+    found, again = (results(copy.deepcopy(bn), x, given) for _ in range(2))
+    for name, value in found.items():
+        assert torch.equal(value, again[name]), name
+        assert distance(value, truth[name]) <= SLACK * distance(eager[name], truth[name]) + 2e-5, name
 
 
 def test_second_derivatives_need_the_eager_operation() -> None:
