@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.harness import once
 from benchmarks.report import Claim, Report
 from trajshift.experiments.tables import Table
-from trajshift.kernels.conv3x3 import weight_gradient
+from trajshift.kernels.conv3x3 import convolution, weight_gradient
 from trajshift.kernels.flat_update import flat_update
 from trajshift.kernels.norm_relu import norm_relu
 from trajshift.kernels.switch import available, eager_kernels, fused_kernels
@@ -53,7 +53,9 @@ def measure_kernels(plan: KernelPlan, device: torch.device, report: Report) -> N
             for added in (False, True):
                 rows.append(_norm(size, channels, added, device))
         for size, cin, cout in plan.convolutions:
-            rows.append(_convolution(size, cin, cout, device, report))
+            rows.append(_weights(size, cin, cout, device, report))
+            if cout == 16:
+                rows += _convolutions(size, cin, device)
     for label, count in plan.flat:
         rows.append(_flat(label, plan.rows, count, device, report))
     how = "fused" if available(device) else "not fused, Triton does not run here"
@@ -85,7 +87,30 @@ def _norm(size: int, channels: int, added: bool, device: torch.device) -> list[s
     return _row(name, passes * x.numel() * 2, run, device)
 
 
-def _convolution(size: int, cin: int, cout: int, device: torch.device, report: Report) -> list[str]:
+def _convolutions(size: int, cin: int, device: torch.device) -> list[list[str]]:
+    """To 16 channels: forward, and from 16 to 16 the gradient of the input."""
+    x, gradient = _pictures(size, cin, device), _pictures(size, 16, device)
+    weight = torch.randn(16, cin, 3, 3, device=device).to(x).contiguous(memory_format=torch.channels_last)
+    moved = 2 * (x.numel() + gradient.numel())
+
+    def forward() -> list[Tensor]:
+        return [torch.conv2d(x, weight, padding=1)]
+
+    def back() -> list[Tensor]:
+        mask = (True, False, False)
+        backward = torch.ops.aten.convolution_backward
+        return [backward(gradient, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, mask)[0]]
+
+    ours = available(device)
+    fused = (lambda: [convolution(x, weight)]) if ours else forward
+    rows = [_row(f"3x3 convolution: {size}x{size}, {cin} to 16", moved, forward, device, fused)]
+    if cin == 16:
+        fused = (lambda: [convolution(gradient, weight, flip=True)]) if ours else back
+        rows.append(_row(f"gradient of its input: {size}x{size}, 16 to 16", moved, back, device, fused))
+    return rows
+
+
+def _weights(size: int, cin: int, cout: int, device: torch.device, report: Report) -> list[str]:
     x, gradient = _pictures(size, cin, device), _pictures(size, cout, device)
     weight = torch.randn(cout, cin, 3, 3, device=device).to(x).contiguous(memory_format=torch.channels_last)
 

@@ -52,7 +52,7 @@ class _Traffic(TorchDispatchMode):
 
 _KERNELS = {
     "norm_kernels": ("statistics", "apply", "gradient_sums", "gradient_of_input"),
-    "conv_kernels": ("weight_gradient", "total"),
+    "conv_kernels": ("weight_gradient", "total", "convolution"),
 }
 
 

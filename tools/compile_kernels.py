@@ -28,7 +28,7 @@ TOOL = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / 
 WHOLE = ("M", "size", "programs", "P")
 """Numbers that are multiples of 16, as they are for the sizes in use."""
 FLOATS = ("eps", "momentum", "lr")
-LOW = ("x", "shortcut", "out", "gradient", "masked", "grad_x")
+LOW = ("weight", "x", "shortcut", "out", "gradient", "masked", "grad_x")
 """Tensors in bfloat16; the others are float32."""
 
 
@@ -47,7 +47,7 @@ def compile_kernel(kernel: Any, warps: int, stages: int = 3, **constants: Any) -
         elif name == "batches":
             signature[name] = "*i64"
         else:
-            low = name in LOW and kernel.fn.__name__ != "total"
+            low = name in LOW and kernel.fn.__name__ not in ("total", "statistics")
             signature[name] = "*bf16" if low else "*fp32"
         if signature[name].startswith("*") or name in WHOLE:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -81,6 +81,8 @@ def main() -> None:
     for cin, cout in ((16, 16), (32, 32), (3, 16)):
         sizes = {"CIN": cin, "COUT": cout, "CI": max(16, cin), "CO": 16, "BLOCK": 32 if cin > 16 else 64}
         compile_kernel(conv_kernels.weight_gradient, 1, 1, **sizes)
+    for channels, flip in ((16, False), (16, True), (3, False)):
+        compile_kernel(conv_kernels.convolution, 4, 1, K=channels, N=16, KPAD=16, FLIP=flip, BLOCK=128)
     compile_kernel(conv_kernels.total, 8, COLUMNS=16, CHUNK=256)
     compile_kernel(flat_kernels.meta_step, 4, T=8, BLOCK=1024, SHIFT=True)
 

@@ -1,10 +1,10 @@
-"""The gradient of the weights of a 3x3 convolution with few channels, summed over all pixels in a fixed order.
+"""3x3 convolutions with few channels, channels-last, and the gradient of their weights, summed in a fixed order.
 
-With 16 channels on either side the gradient is nine 16 x 16 matrices, each a product over a million pixels: bound by
-memory if every program keeps all nine. A pixel of x meets nine pixels of the output's gradient g, but need not be read
-nine times. The tap (kh, kw) pairs g at (h, w) with x at (h + kh - 1, w + kw - 1); counted from the pixel q at
-(h, w + kw - 1) it pairs g at q - (kw - 1) with x at q + (kh - 1) W. So three shifts of g along a row and three of x
-along a column make all nine products, and each masks by itself what lies outside the image.
+With 16 channels on either side the gradient of the weights is nine 16 x 16 matrices, each a product over a million
+pixels: bound by memory if every program keeps all nine. A pixel of x meets nine pixels of the output's gradient g, but
+need not be read nine times. The tap (kh, kw) pairs g at (h, w) with x at (h + kh - 1, w + kw - 1); counted from the
+pixel q at (h, w + kw - 1) it pairs g at q - (kw - 1) with x at q + (kh - 1) W. So three shifts of g along a row and three
+of x along a column make all nine products, and each masks by itself what lies outside the image.
 """
 
 from __future__ import annotations
@@ -97,3 +97,67 @@ def total(partial, out, programs, size, COLUMNS: tl.constexpr, CHUNK: tl.constex
         live = (start + p < programs)[:, None] & (column < size)[None, :]
         sums += tl.load(partial + (start + p)[:, None] * size + column[None, :], mask=live, other=0.0)
     tl.store(out + column, tl.sum(sums, 0), mask=column < size)
+
+
+@triton.jit
+def _tap(x, q, w, h, live, k, dh: tl.constexpr, dw: tl.constexpr, H, W, K: tl.constexpr, KPAD: tl.constexpr):
+    """x at q + dh W + dw: `[BLOCK, KPAD]`, zero outside the image and beyond K channels."""
+    inside = (live & (h + dh >= 0) & (h + dh < H) & (w + dw >= 0) & (w + dw < W))[:, None]
+    if K < KPAD:
+        inside = inside & (k < K)[None, :]
+    return tl.load(x + (q + dh * W + dw)[:, None] * K + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _filter(weight, tap: tl.constexpr, k, n, K: tl.constexpr, N: tl.constexpr, FLIP: tl.constexpr):
+    """The weights of one tap `[KPAD, N]`: of `[N, 3, 3, K]`, or with FLIP of `[K, 3, 3, N]` turned around."""
+    turned = k[:, None] * (9 * N) + (8 - tap) * N + n[None, :]
+    straight = n[None, :] * (9 * K) + tap * K + k[:, None]
+    at = turned if FLIP else straight
+    return tl.load(weight + at, mask=(k < K)[:, None], other=0.0)
+
+
+@triton.jit
+def convolution(
+    x, weight, out, H, W, M, share,
+    K: tl.constexpr, N: tl.constexpr, KPAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out `[B, H, W, N]` = the 3x3 convolution of x `[B, H, W, K]`; with FLIP the gradient of a convolution's input.
+
+    A program takes `share` neighbouring pixels, so that the nine reads of a pixel meet in the L1 cache.
+    """
+    program = tl.program_id(0)
+    k, n = tl.arange(0, KPAD), tl.arange(0, N)
+    f0 = _filter(weight, 0, k, n, K, N, FLIP)
+    f1 = _filter(weight, 1, k, n, K, N, FLIP)
+    f2 = _filter(weight, 2, k, n, K, N, FLIP)
+    f3 = _filter(weight, 3, k, n, K, N, FLIP)
+    f4 = _filter(weight, 4, k, n, K, N, FLIP)
+    f5 = _filter(weight, 5, k, n, K, N, FLIP)
+    f6 = _filter(weight, 6, k, n, K, N, FLIP)
+    f7 = _filter(weight, 7, k, n, K, N, FLIP)
+    f8 = _filter(weight, 8, k, n, K, N, FLIP)
+    end = tl.minimum((program + 1) * share, M)
+    for start in range(program * share, end, BLOCK):
+        q = start + tl.arange(0, BLOCK)
+        row = q // W
+        w, h, live = q - row * W, row % H, q < end
+        x0 = _tap(x, q, w, h, live, k, -1, -1, H, W, K, KPAD)
+        x1 = _tap(x, q, w, h, live, k, -1, 0, H, W, K, KPAD)
+        x2 = _tap(x, q, w, h, live, k, -1, 1, H, W, K, KPAD)
+        x3 = _tap(x, q, w, h, live, k, 0, -1, H, W, K, KPAD)
+        x4 = _tap(x, q, w, h, live, k, 0, 0, H, W, K, KPAD)
+        x5 = _tap(x, q, w, h, live, k, 0, 1, H, W, K, KPAD)
+        x6 = _tap(x, q, w, h, live, k, 1, -1, H, W, K, KPAD)
+        x7 = _tap(x, q, w, h, live, k, 1, 0, H, W, K, KPAD)
+        x8 = _tap(x, q, w, h, live, k, 1, 1, H, W, K, KPAD)
+        sums = tl.dot(x0, f0)
+        sums = tl.dot(x1, f1, sums)
+        sums = tl.dot(x2, f2, sums)
+        sums = tl.dot(x3, f3, sums)
+        sums = tl.dot(x4, f4, sums)
+        sums = tl.dot(x5, f5, sums)
+        sums = tl.dot(x6, f6, sums)
+        sums = tl.dot(x7, f7, sums)
+        sums = tl.dot(x8, f8, sums)
+        tl.store(out + q[:, None] * N + n[None, :], sums.to(out.dtype.element_ty), mask=live[:, None])

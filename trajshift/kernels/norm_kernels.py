@@ -74,7 +74,7 @@ def apply(x, shortcut, out, mean, scale, bias, size, C: tl.constexpr, BLOCK: tl.
     c = tl.arange(0, BLOCK) % C
     live = i < size
     value = tl.load(x + i, mask=live, other=0.0).to(tl.float32)
-    value = (value - tl.load(mean + c)) * tl.load(scale + c) + tl.load(bias + c)
+    value = tl.fma(value - tl.load(mean + c), tl.load(scale + c), tl.load(bias + c))
     if ADD:
         value += tl.load(shortcut + i, mask=live, other=0.0).to(tl.float32)
     tl.store(out + i, tl.maximum(value, 0.0).to(out.dtype.element_ty), mask=live)
@@ -102,7 +102,7 @@ def gradient_sums(
         at = rows[:, None] * C + c[None, :]
         value = tl.load(x + at, mask=live, other=0.0).to(tl.float32) - centre
         grad = tl.load(gradient + at, mask=live, other=0.0).to(tl.float32)
-        on = tl.load(out + at, mask=live, other=0.0) > 0.0 if ADDED else value * factor + offset > 0.0
+        on = tl.load(out + at, mask=live, other=0.0) > 0.0 if ADDED else tl.fma(value, factor, offset) > 0.0
         grad = tl.where(on, grad, 0.0)
         if ADDED:
             tl.store(masked + at, grad.to(masked.dtype.element_ty), mask=live)
@@ -134,6 +134,6 @@ def gradient_of_input(
     value = tl.load(x + i, mask=live, other=0.0).to(tl.float32) - tl.load(mean + c)
     grad = tl.load(gradient + i, mask=live, other=0.0).to(tl.float32)
     if not MASKED:
-        grad = tl.where(value * factor + tl.load(bias + c) > 0.0, grad, 0.0)
+        grad = tl.where(tl.fma(value, factor, tl.load(bias + c)) > 0.0, grad, 0.0)
     result = (grad - tl.load(along + c) - value * tl.load(across + c)) * factor
     tl.store(grad_x + i, result.to(grad_x.dtype.element_ty), mask=live)
