@@ -30,6 +30,8 @@ WHOLE = ("M", "size", "programs", "P")
 FLOATS = ("eps", "momentum", "lr")
 LOW = ("weight", "x", "shortcut", "out", "gradient", "masked", "grad_x")
 """Tensors in bfloat16; the others are float32."""
+EXACT = (("total", "out"), ("statistics", "weight"))
+"""Kernels and tensors in which these are float32 too."""
 
 
 def compile_kernel(kernel: Any, warps: int, stages: int = 3, **constants: Any) -> None:
@@ -47,7 +49,7 @@ def compile_kernel(kernel: Any, warps: int, stages: int = 3, **constants: Any) -
         elif name == "batches":
             signature[name] = "*i64"
         else:
-            low = name in LOW and kernel.fn.__name__ not in ("total", "statistics")
+            low = name in LOW and (kernel.fn.__name__, name) not in EXACT
             signature[name] = "*bf16" if low else "*fp32"
         if signature[name].startswith("*") or name in WHOLE:
             attributes[(index,)] = [["tt.divisibility", 16]]

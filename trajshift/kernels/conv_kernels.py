@@ -3,8 +3,8 @@
 With 16 channels on either side the gradient of the weights is nine 16 x 16 matrices, each a product over a million
 pixels: bound by memory if every program keeps all nine. A pixel of x meets nine pixels of the output's gradient g, but
 need not be read nine times. The tap (kh, kw) pairs g at (h, w) with x at (h + kh - 1, w + kw - 1); counted from the
-pixel q at (h, w + kw - 1) it pairs g at q - (kw - 1) with x at q + (kh - 1) W. So three shifts of g along a row and three
-of x along a column make all nine products, and each masks by itself what lies outside the image.
+pixel q at (h, w + kw - 1) it pairs g at q - (kw - 1) with x at q + (kh - 1) W. So three shifts of g along a row and
+three of x along a column make all nine products, and each masks by itself what lies outside the image.
 """
 
 from __future__ import annotations
