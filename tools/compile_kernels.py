@@ -25,7 +25,7 @@ from trajshift.kernels.norm_relu import OTHER_SHAPE, SHAPES
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOL = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
-WHOLE = ("M", "size", "programs", "P")
+WHOLE = ("size", "P")
 """Numbers that are multiples of 16, as they are for the sizes in use."""
 FLOATS = ("eps", "momentum", "lr")
 LOW = ("weight", "x", "shortcut", "out", "gradient", "masked", "grad_x")
@@ -42,7 +42,7 @@ def compile_kernel(kernel: Any, warps: int, stages: int = 3, **constants: Any) -
             signature[name] = "constexpr"
         elif name in FLOATS:
             signature[name] = "fp32"
-        elif name in (*WHOLE, "H", "W", "share"):
+        elif name in (*WHOLE, "H", "W", "M", "share", "programs"):
             signature[name] = "i32"
         elif name == "counter":
             signature[name] = "*i32"

@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_ANY = ["H", "W", "M", "share"]
+"""Numbers for whose divisors no kernel is compiled anew: channels lie together, whatever they are."""
+
 
 @triton.jit
 def _output_gradient(gradient, q, w, live, o, dw: tl.constexpr, W, COUT: tl.constexpr):
@@ -34,7 +37,7 @@ def _store(partial, tap: tl.constexpr, value, o, i, CIN: tl.constexpr):
     tl.store(partial + o[:, None] * (9 * CIN) + tap * CIN + i[None, :], value, mask=(i < CIN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def weight_gradient(
     x, gradient, partial, H, W, M, share,
     CIN: tl.constexpr, COUT: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,7 +90,7 @@ def weight_gradient(
     _store(own, 8, s22, o, i, CIN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def total(partial, out, programs, size, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
     """out `[size]` = the sum of `[programs, size]` over programs, always in the same order."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -117,7 +120,7 @@ def _filter(weight, tap: tl.constexpr, k, n, K: tl.constexpr, N: tl.constexpr, F
     return tl.load(weight + at, mask=(k < K)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def convolution(
     x, weight, out, H, W, M, share,
     K: tl.constexpr, N: tl.constexpr, KPAD: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,

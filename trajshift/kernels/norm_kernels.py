@@ -30,7 +30,7 @@ def _total(partial, c, programs, C: tl.constexpr, CHUNK: tl.constexpr):
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def statistics(
     x, partial, counter, mean, scale, inverse, weight, bias, running_mean, running_var, batches,
     M, eps, momentum, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -80,7 +80,7 @@ def apply(x, shortcut, out, mean, scale, bias, size, C: tl.constexpr, BLOCK: tl.
     tl.store(out + i, tl.maximum(value, 0.0).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gradient_sums(
     x, out, gradient, masked, partial, counter, mean, scale, inverse, bias, grad_weight, grad_bias, along, across,
     M, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ADDED: tl.constexpr,
