@@ -130,3 +130,9 @@ def test_what_does_not_fit_is_left_to_pytorch(case: str) -> None:
         assert out.grad_fn is None or "Conv3x3" not in out.grad_fn.name()
         assert torch.equal(out, conv(x))
     assert bool(calls) == (case == "hook")
+
+
+def test_images_of_other_channels_are_refused_as_pytorch_does() -> None:
+    x, conv = data(16, 16)
+    with torch.autocast(DEVICE.type, dtype=LOW), pytest.raises(RuntimeError, match="channels"):
+        conv3x3(conv, x[:, :3])

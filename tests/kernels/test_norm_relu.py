@@ -132,3 +132,9 @@ def test_what_does_not_fit_is_left_to_pytorch(case: str) -> None:
     assert "NormRelu" not in out.grad_fn.name()
     assert torch.equal(out, F.relu(bn(x)))
     assert bool(calls) == (case == "hook")
+
+
+def test_another_number_of_channels_is_refused_as_pytorch_does() -> None:
+    x, _, _ = data(32, torch.float32)
+    with pytest.raises(RuntimeError):
+        norm_relu(nn.BatchNorm2d(16).to(DEVICE), x)

@@ -49,6 +49,10 @@ def _fusable(conv: nn.Conv2d, x: Tensor) -> bool:
         may_fuse(x)
         and torch.is_grad_enabled()
         and conv.weight.requires_grad
+        and x.ndim == 4
+        and x.shape[1] == cin  # a kernel would read on where PyTorch raises
+        and x.device == conv.weight.device
+        and x.is_floating_point()
         and type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1

@@ -38,13 +38,16 @@ def norm_relu(bn: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> 
 
 
 def _fusable(bn: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
-    channels = x.shape[1]
+    channels = bn.num_features
     return (
         may_fuse(x)
+        and x.ndim == 4
+        and x.shape[1] == channels  # a kernel would read on where PyTorch raises
         and type(bn) is nn.BatchNorm2d
         and bn.training
         and bn.affine
         and bn.weight.dtype is torch.float32
+        and bn.weight.device == x.device
         and bn.track_running_stats
         and bn.momentum is not None
         and not has_hooks(bn)
@@ -53,7 +56,7 @@ def _fusable(bn: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
         and channels & (channels - 1) == 0
         and channels < x.numel() < 2**31
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype is x.dtype))
+        and (shortcut is None or (shortcut.shape, shortcut.dtype, shortcut.device) == (x.shape, x.dtype, x.device))
     )
 
 
