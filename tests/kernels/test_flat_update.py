@@ -9,7 +9,7 @@ from tests.helpers.kernels import DEVICE, distance
 from trajshift.algorithm.meta_gradients import Displacement
 from trajshift.kernels.flat_update import flat_update
 from trajshift.kernels.switch import eager_kernels
-from trajshift.training.meta_optimizer import PlainStep
+from trajshift.training.meta_optimizer import PlainMetaStep
 
 
 def data(rows: int, size: int) -> list[torch.Tensor]:
@@ -41,7 +41,7 @@ def test_without_the_kernel_it_is_the_loops_arithmetic_to_the_last_bit() -> None
         pass
 
     Probe.theta, Probe.phi = theta.clone(), phi.clone()
-    delta = PlainStep(0.3).step(Probe.phi, Displacement().mean(Probe, weights))
+    delta = PlainMetaStep(0.3).step(Probe.phi, Displacement().mean(Probe, weights))
     Probe.theta.add_(delta)
     with eager_kernels():
         norm, _ = flat_update(theta, phi, weights, 0.3, shift=True)
