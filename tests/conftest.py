@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+# Before torch is imported; subprocesses inherit both.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # tests with two threads: one that waits leaves its core to others

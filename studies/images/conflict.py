@@ -1,30 +1,51 @@
-"""How alike the eight sources are: cosines between the ways their learners go from one start.
+"""How alike the eight sources are: cosines between the ways their learners take from one start.
+
+    python -m studies.images.conflict DATA [INITIALIZATION]     # from a random start where none is named
 
 Every source is trained for 200 inner steps from the start, alone, as Reptile's learners are, and its displacement
 theta - phi of the shared parameters is compared with the others'. Pairs near 0 pull phi in unrelated directions, pairs
 below 0 in opposite ones.
-
-Command: python studies/images/conflict.py DATA [INITIALIZATION]     # from a random start where none is named
 """
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
+from studies.command import new_app, run_app
 from trajshift.recipes.build_trainer import build_trainer
 from trajshift.recipes.recipe import load
 
-if __name__ == "__main__":
-    start = [f"initialization={path}" for path in sys.argv[2:3]]
-    asked = ["method=reptile", "inner.lr=0.02", "meta_lr=1", "rounds=1", f"data.root={sys.argv[1]}", "threads=1"]
-    trainer = build_trainer(load("small-images", [*asked, *start]))
+app = new_app()
+
+
+@app.command()
+def conflict(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of the twelve .npz files.")],
+    initialization: Annotated[
+        Path | None, typer.Argument(metavar="INITIALIZATION", help="A file of phi; default a random start.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Further changes of the recipe.")
+    ] = None,
+) -> None:
+    """Print the cosines between the displacements of the sources from one start."""
+    settings = ["method=reptile", "inner.lr=0.02", "meta_lr=1", "rounds=1", f"data.root={data}", "threads=1"]
+    if initialization is not None:
+        settings.append(f"initialization={initialization}")
+    trainer = build_trainer(load("small-images", [*settings, *(change or [])]))
     first = trainer.phi.clone()
-    for _ in trainer:
-        pass
+    names: tuple[str, ...] = ()
+    for event in trainer:
+        names = event.tasks
     moved = torch.nn.functional.normalize(trainer.theta - first, dim=1)
-    names = trainer.meta_step.active.names
     print(f"| cosine | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for name, row in zip(names, (moved @ moved.T).tolist(), strict=True):
         print(f"| {name} | {' | '.join(f'{value:+.2f}' for value in row)} |")
+
+
+if __name__ == "__main__":
+    run_app(app, "studies.images.conflict")

@@ -1,107 +1,61 @@
-"""Prints the tables of results/images/README.md from the rows kept in results/images.
+"""Prints the tables of results/images/README.md, and draws its figures, from the rows kept there.
 
-Command: python studies/images/tables.py                                    # the rates tried, for every method
-         python studies/images/tables.py REFERENCE START...                 # averages, and differences to REFERENCE
-         python studies/images/tables.py --targets START...                 # every target, in each of four settings
-         python studies/images/tables.py --draw START...                    # draws methods.svg
-         python studies/images/tables.py --horizon                          # shifting and Reptile at each K;
-                                                                            # draws horizon.svg
-         python studies/images/tables.py --leads A B C D                    # A - B beside C - D, and how they differ
-         python studies/images/tables.py --soon                             # shifting's way to Reptile's last accuracy;
-                                                                            # draws soon.svg
+    python -m studies.images.tables                       # the rates tried, for every method
+    python -m studies.images.tables REFERENCE START...    # averages, and differences to REFERENCE
+    python -m studies.images.tables --targets START...    # every target, in each of four settings
+    python -m studies.images.tables --draw START...       # draws methods.svg
+    python -m studies.images.tables --horizon             # shifting and Reptile at each K; draws horizon.svg
+    python -m studies.images.tables --leads A B C D       # A - B beside C - D, and how they differ
+    python -m studies.images.tables --soon                # how soon shifting is where Reptile ends; draws soon.svg
 
 A start is a method of runs/, a candidate of candidates.jsonl or a study of rows.jsonl, such as trajectory-shifting.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from math import inf
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from trajshift.evaluation.comparison import FINAL, SCRATCH, curves, show_p, summary_table
+import typer
+
+from studies.command import new_app, run_app
+from studies.images.rows import (
+    FINAL,
+    RESULTS,
+    TARGETS,
+    Row,
+    accuracies,
+    averages,
+    curve,
+    known_rows,
+    rows_of_runs,
+    steps_to_reach,
+    summary,
+)
+from trajshift.errors import UsageError
+from trajshift.evaluation.comparison import Curve, show_p
 from trajshift.evaluation.statistics import Estimate, PairedTest, compare, holm, interval, paired_test, show
-from trajshift.recipes.recipe import load
 from trajshift.report.figures import comparison_figure, curve_figure, looks, save
-from trajshift.runs.evaluation_rows import read_evaluation, setting_of
 from trajshift.utils.files import read_jsonl
 
-RESULTS = Path(__file__).parents[2] / "results" / "images"
-TARGETS = ("cifar10", "dtd10", "sign_digits")
 HORIZONS = {
     "trajectory-shifting": {20: "horizon-20", 200: "trajectory-shifting", 1000: "horizon-1000"},
     "reptile": {20: "reptile-horizon-20", 200: "reptile", 1000: "reptile-horizon-1000"},
 }
 """Method -> K -> start."""
 SETTINGS = ((1000, 0.1), (250, 0.1), (1000, 0.03), (250, 0.03))
+"""Training images and fine-tuning rate, a column each."""
 COLUMNS = " | ".join(f"{images:,} images, rate {rate}" for images, rate in SETTINGS)
-Row = dict[str, Any]
 
 
-def all_rows() -> Iterator[Row]:
-    """Every fine-tuning from the end of a run, with its `start` and `finetune_lr`."""
-    for row in rows_of_runs():
-        if row["checkpoint"] in (FINAL, SCRATCH):
-            yield row
-    for row in read_jsonl(RESULTS / "candidates.jsonl"):
-        yield row | {"start": row["candidate"]}
-    for row in read_jsonl(RESULTS / "rows.jsonl"):
-        if not row["study"].startswith("early"):
-            yield row | {"start": row["study"]}
-
-
-def rows_of_runs() -> Iterator[Row]:
-    """Every fine-tuning of a target in runs/, from checkpoints too."""
-    for run in sorted((RESULTS / "runs").iterdir()):
-        recipes = {rate: load(run, [f"finetune.lr={rate}"]) for rate in (0.03, 0.1)}
-        rates = {setting_of(recipes[rate], "targets", target): rate for rate in recipes for target in TARGETS}
-        for row in read_evaluation(run):
-            if row["setting"] in rates:
-                start = SCRATCH if row["checkpoint"] == SCRATCH else row["method"]
-                yield row | {"start": start, "finetune_lr": rates[row["setting"]]}
-
-
-def accuracies(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, dict[str, float]]]:
-    """Start -> seed -> target -> accuracy in %, where all three targets are there."""
-    found: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row["target"] in TARGETS and (row["train_images"], row["finetune_lr"]) == (images, rate):
-            found[row["start"]][row["seed"]][row["target"]] = 100 * row["accuracy"]
-    return {
-        start: {seed: by_target for seed, by_target in seeds.items() if len(by_target) == len(TARGETS)}
-        for start, seeds in found.items()
-    }
-
-
-def averages(rows: Iterable[Row], images: int, rate: float) -> dict[Any, dict[int, float]]:
-    """Start -> seed -> mean of the three targets."""
-    return {
-        start: {seed: fmean(by_target.values()) for seed, by_target in seeds.items()}
-        for start, seeds in accuracies(rows, images, rate).items()
-    }
-
-
-def known_rows(starts: Iterable[str]) -> list[Row]:
-    """All rows; refuses a start that none is from."""
-    rows = list(all_rows())
-    known = dict.fromkeys(row["start"] for row in rows if row["target"] in TARGETS)
-    for name in starts:
-        if name not in known:
-            print(f"tables.py: no start {name!r}; there are {', '.join(known)}", file=sys.stderr)
-            sys.exit(2)
-    return rows
-
-
-def of_targets(starts: list[str]) -> None:
+def print_targets(results: Path, starts: Sequence[str]) -> None:
     """Prints a table for each setting: start x target, mean and interval over seeds."""
-    rows = known_rows(starts)
+    rows = known_rows(results, starts)
     for images, rate in SETTINGS:
         found = accuracies(rows, images, rate)
         print(f"\n**Up to {images:,} images, rate {rate}**\n\n| start | seeds | {' | '.join(TARGETS)} |\n|{'---|' * 5}")
@@ -111,22 +65,9 @@ def of_targets(starts: list[str]) -> None:
             print(f"| {start} | {len(seeds)} | {' | '.join(cells)} |")
 
 
-def draw_methods(starts: list[str]) -> None:
-    """Draws methods.svg: every start on every target, 1,000 images, rate 0.03, at which none breaks down."""
-    chosen = [
-        {"checkpoint": FINAL, "setting": None, **row, "label": row["start"], "inner_steps": 2000, "steps": 300}
-        for row in known_rows(starts)
-        if row["target"] in TARGETS and row["start"] in starts and row["finetune_lr"] == 0.03
-    ]
-    chosen.sort(key=lambda row: (starts.index(row["start"]), TARGETS.index(row["target"]), row["seed"]))
-    summary = summary_table(chosen, train_images=1000)
-    save(comparison_figure(summary, looks(starts)), "methods", RESULTS)
-    (RESULTS / "methods.png").unlink()
-
-
-def compared(reference: str, starts: list[str]) -> None:
+def print_differences(results: Path, reference: str, starts: Sequence[str]) -> None:
     """Prints averages, then every start minus the reference, as `points (p; p after Holm)`."""
-    rows = known_rows([reference, *starts])
+    rows = known_rows(results, [reference, *starts])
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
     print(f"| start | seeds | {COLUMNS} |\n|{'---|' * 6}")
     for start in (reference, *starts):
@@ -146,10 +87,10 @@ def compared(reference: str, starts: list[str]) -> None:
         print(f"| {start} - {reference} | " + " | ".join(cells) + " |")
 
 
-def tuned() -> None:
+def print_rates(results: Path) -> None:
     """Prints the score of every pair of rates: accuracy on mnist in %, mean of the three sizes; the best is bold."""
-    found: dict[tuple[str, int, float, float, float, float], list[float]] = defaultdict(list)
-    for row in read_jsonl(RESULTS / "tuning.jsonl"):
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in read_jsonl(results / "tuning.jsonl"):
         chosen = (row["inner_lr"], row["meta_lr"] or 0.0, row.get("strength", 0.0), row["finetune_lr"])
         method = f"{row['method']}, {row['pair']} pair" if "pair" in row else row["method"]
         place = (method, row["horizon"], *chosen)
@@ -168,14 +109,14 @@ def tuned() -> None:
         print(f"| {name} | {horizon} | {rates} | {' | '.join(cells)} |")
 
 
-def soon() -> None:
-    """Prints shifting's accuracy against inner steps, and by which factor it is sooner at Reptile's last one."""
-    rows = [row for row in rows_of_runs() if (row["train_images"], row["finetune_lr"]) == (1000, 0.1)]
+def print_way_to_reptile(results: Path, figures: Path) -> None:
+    """Prints shifting's accuracy against inner steps, and how much sooner it has Reptile's last one; draws soon.svg."""
+    rows = [row for row in rows_of_runs(results) if (row["train_images"], row["finetune_lr"]) == (1000, 0.1)]
     reptile = [row for row in rows if row["start"] == "reptile" and row["checkpoint"] == FINAL]
     late = [row for row in rows if row["start"] == "trajectory-shifting" and row["inner_steps"] > 1000]
-    early = [row for row in read_jsonl(RESULTS / "rows.jsonl") if row["study"].startswith("early")]
-    shifting = [row | {"start": row["inner_steps"], "label": "trajectory-shifting"} for row in early + late]
-    draw_soon(reptile, shifting)
+    early = [row for row in read_jsonl(results / "rows.jsonl") if row["study"].startswith("early")]
+    shifting = [row | {"start": row["inner_steps"]} for row in early + late]
+    draw_way_to_reptile(figures, reptile, shifting)
     last, by_steps = averages(reptile, 1000, 0.1)["reptile"], averages(shifting, 1000, 0.1)
     steps = sorted(by_steps)
     print("| inner steps | trajectory-shifting | minus Reptile after 2,000 |\n|---|---|---|")
@@ -184,25 +125,14 @@ def soon() -> None:
         print(f"| {step:,} | {show(interval([*by_steps[step].values()]), 2)} | {show(behind, 2, signed=True)} |")
     factors = []
     for seed, wanted in sorted(last.items()):
-        factors.append(steps[-1] / reached({step: by_steps[step][seed] for step in steps}, wanted))
+        factors.append(steps[-1] / steps_to_reach({step: by_steps[step][seed] for step in steps}, wanted))
     print(f"\nfactor {show(interval(factors), 2)}, seeds: " + ", ".join(f"{factor:.2f}" for factor in factors))
 
 
-def reached(by_steps: dict[int, float], wanted: float) -> float:
-    """Inner steps after which `wanted` is first reached, on straight lines between points; infinity where it is not."""
-    before = min(by_steps)
-    for step, value in sorted(by_steps.items()):
-        if value >= wanted:
-            share = (wanted - by_steps[before]) / ((value - by_steps[before]) or 1.0)
-            return before + share * (step - before)
-        before = step
-    return inf
-
-
-def horizons() -> None:
+def print_horizons(results: Path, figures: Path) -> None:
     """Prints both methods and their paired difference at each K, p corrected over a column; draws horizon.svg."""
-    places = {start: (method, k) for method, by_k in HORIZONS.items() for k, start in by_k.items()}
-    rows = known_rows(places)
+    rows = known_rows(results, [start for by_k in HORIZONS.values() for start in by_k.values()])
+    draw_horizons(figures, rows)
     print(f"| K | start | seeds | {COLUMNS} |\n|{'---|' * 7}")
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
     shifting, reptile = HORIZONS.values()
@@ -220,23 +150,11 @@ def horizons() -> None:
     four = [start[k] for k in (1000, 20) for start in (shifting, reptile)]
     changes = [lead_change(found, *four) for found in by_setting]
     print(f"| 1,000 - 20 | shifting - Reptile | {changes[0].count} | {' | '.join(map(with_p, changes))} |")
-    draw_horizons(rows, places)
 
 
-def lead(found: dict[str, dict[int, float]], first: str, second: str) -> dict[int, float]:
-    """first - second by seed, where both have it."""
-    return {seed: found[first][seed] - found[second][seed] for seed in found[first].keys() & found[second]}
-
-
-def lead_change(found: dict[str, dict[int, float]], *starts: str) -> PairedTest:
-    """Of four starts a, b, c and d: a - b against c - d, seed by seed."""
-    a, b, c, d = starts
-    return paired_test(lead(found, a, b), lead(found, c, d))
-
-
-def leads(*starts: str) -> None:
-    """Prints a - b, c - d and the difference between the two; p as it is."""
-    rows = known_rows(starts)
+def print_leads(results: Path, starts: Sequence[str]) -> None:
+    """Prints a - b, c - d and the difference between the two, p uncorrected."""
+    rows = known_rows(results, starts)
     by_setting = [averages(rows, images, rate) for images, rate in SETTINGS]
     a, b, c, d = starts
     print(f"| difference (points) | seeds | {COLUMNS} |\n|{'---|' * 6}")
@@ -246,6 +164,17 @@ def leads(*starts: str) -> None:
         ("the first - the second", [lead_change(found, *starts) for found in by_setting]),
     ):
         print(f"| {name} | {tests[0].count} | {' | '.join(map(with_p, tests))} |")
+
+
+def lead(found: Mapping[str, Mapping[int, float]], first: str, second: str) -> dict[int, float]:
+    """first - second by seed, for the seeds that both have."""
+    return {seed: found[first][seed] - found[second][seed] for seed in found[first].keys() & found[second].keys()}
+
+
+def lead_change(found: Mapping[str, Mapping[int, float]], *starts: str) -> PairedTest:
+    """Of four starts a, b, c and d: a - b against c - d, seed by seed."""
+    a, b, c, d = starts
+    return paired_test(lead(found, a, b), lead(found, c, d))
 
 
 def with_p(test: PairedTest) -> str:
@@ -258,50 +187,92 @@ def with_holm(test: PairedTest) -> str:
     return "" if test.p is None or test.p_holm is None else f" ({show_p(test.p)}; {show_p(test.p_holm)})"
 
 
-def draw_horizons(rows: Iterable[Row], places: dict[str, tuple[str, int]]) -> None:
+# -- figures ---------------------------------------------------------------------------------------------------
+
+
+def save_svg(figure: Any, name: str, folder: Path) -> None:
+    """Writes `folder/name.svg` alone."""
+    save(figure, name, folder)
+    (folder / f"{name}.png").unlink()
+
+
+def draw_methods(results: Path, figures: Path, starts: Sequence[str]) -> None:
+    """Draws methods.svg: every start on every target, 1,000 images, rate 0.03, at which none breaks down."""
+    shown = summary(known_rows(results, starts), starts, images=1000, rate=0.03)
+    save_svg(comparison_figure(shown, looks(starts)), "methods", figures)
+
+
+def draw_horizons(figures: Path, rows: Sequence[Row]) -> None:
     """Draws horizon.svg: the average over targets of both methods against K, in each of four settings."""
-    chosen = [
-        row | {"label": places[row["start"]][0], "horizon": places[row["start"]][1]}
-        for row in rows
-        if row["start"] in places and row["target"] in TARGETS
-    ]
-    panels = {
-        f"{images:,} images, rate {rate}": curves(
-            [row for row in chosen if (row["train_images"], row["finetune_lr"]) == (images, rate)],
-            "horizon",
-            metric="accuracy",
-        )
-        for images, rate in SETTINGS
-    }
+    horizon_of = {start: k for by_k in HORIZONS.values() for k, start in by_k.items()}
+    panels: dict[str, list[Curve]] = {}
+    for images, rate in SETTINGS:
+        chosen = [row for row in rows if (row["train_images"], row["finetune_lr"]) == (images, rate)]
+        panels[f"{images:,} images, rate {rate}"] = [
+            curve(
+                method,
+                (row | {"horizon": horizon_of[row["start"]]} for row in chosen if row["start"] in by_k.values()),
+                "horizon",
+            )
+            for method, by_k in reversed(HORIZONS.items())  # shifting's line above Reptile's
+        ]
     figure = curve_figure(panels, looks([*HORIZONS]), metric="accuracy", xlabel="horizon K", log=True)
-    save(figure, "horizon", RESULTS)
-    (RESULTS / "horizon.png").unlink()
+    save_svg(figure, "horizon", figures)
 
 
-def draw_soon(reptile: list[Row], shifting: list[Row]) -> None:
+def draw_way_to_reptile(figures: Path, reptile: Iterable[Row], shifting: Sequence[Row]) -> None:
     """Draws soon.svg: shifting against inner steps, Reptile's last accuracy as a level."""
     panels, levels, level = {}, {}, "reptile after 2,000"
+    reptile = list(reptile)
     for target in (None, *TARGETS):
-        curve = partial(curves, x="inner_steps", metric="accuracy", target=target)
-        panels[target or "average"] = curve(shifting)
-        levels[target or "average"] = {level: curve(reptile)[0].y[-1]}
+        panels[target or "average"] = [curve("trajectory-shifting", shifting, "inner_steps", target)]
+        levels[target or "average"] = {level: curve(level, reptile, "inner_steps", target).y[-1]}
     styles = looks(["trajectory-shifting", level])
-    save(curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels), "soon", RESULTS)
-    (RESULTS / "soon.png").unlink()
+    figure = curve_figure(panels, styles, metric="accuracy", xlabel="inner steps", levels=levels)
+    save_svg(figure, "soon", figures)
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+app = new_app()
+
+
+@app.command()
+def tables(
+    starts: Annotated[list[str] | None, typer.Argument(metavar="START", help="What is compared.")] = None,
+    targets: Annotated[bool, typer.Option("--targets", help="Every target by itself.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Draw methods.svg.")] = False,
+    horizon: Annotated[bool, typer.Option("--horizon", help="Shifting and Reptile at each K; draws a figure.")] = False,
+    leads: Annotated[bool, typer.Option("--leads", help="Of four starts, A - B beside C - D.")] = False,
+    soon: Annotated[
+        bool, typer.Option("--soon", help="How soon shifting is where Reptile ends; draws a figure.")
+    ] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures; default that of the rows.")] = None,
+) -> None:
+    """Print tables of the image study: the rates tried, or averages and differences to the first START named."""
+    names = starts or []
+    if targets + draw + horizon + leads + soon > 1:
+        raise UsageError("--targets, --draw, --horizon, --leads and --soon exclude each other; give one")
+    if (targets or draw) and not names:
+        raise UsageError("no start was named; name at least one, such as trajectory-shifting")
+    if leads and len(names) != 4:
+        raise UsageError(f"--leads compares four starts, A B C D, and {len(names)} were named")
+    if targets:
+        print_targets(results, names)
+    elif draw:
+        draw_methods(results, figures or results, names)
+    elif horizon:
+        print_horizons(results, figures or results)
+    elif leads:
+        print_leads(results, names)
+    elif soon:
+        print_way_to_reptile(results, figures or results)
+    elif names:
+        print_differences(results, names[0], names[1:])
+    else:
+        print_rates(results)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--soon"]:
-        soon()
-    elif sys.argv[1:] == ["--horizon"]:
-        horizons()
-    elif sys.argv[1:2] == ["--leads"] and len(sys.argv) == 6:
-        leads(*sys.argv[2:])
-    elif sys.argv[1:2] == ["--targets"]:
-        of_targets(sys.argv[2:])
-    elif sys.argv[1:2] == ["--draw"]:
-        draw_methods(sys.argv[2:])
-    elif len(sys.argv) > 1:
-        compared(sys.argv[1], sys.argv[2:])
-    else:
-        tuned()
+    run_app(app, "studies.images.tables")

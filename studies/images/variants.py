@@ -1,56 +1,88 @@
 """`trajshift` with one thing changed that no recipe has a field for (candidates of results/images/README.md).
 
-Command: python studies/images/variants.py VARIANT train ...         # the variants are the functions below, with dashes
+    python -m studies.images.variants VARIANT train ...       # what follows VARIANT is a command line of trajshift
+
+Each variant replaces methods of the trainer or its step for as long as its context lasts. They are experiments that
+did not pay, kept so that their rows can be made again, and no example to follow: a choice of your own replaces nothing.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import log
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
-from trajshift.cli.main import main
+from studies.command import new_app, run_app
+from trajshift import Event, Inner, MetaTrainer, UsageError
+from trajshift.errors import nearest
 from trajshift.learners.learner import Learner
-from trajshift.settings import Inner
-from trajshift.training.step import MetaStep, Moment, Runner
+from trajshift.training.step import MetaStep, Moment
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
-STEPS = 2000
-"""Inner steps of a candidate's run."""
+"""Falls from 1 to 0 as its argument rises from 0 to 1."""
 STARTS = (0, 20, 60, 140, 300, 620, 1260)
-inner_step, inner_update, mean_gradient = MetaStep.inner_step, MetaStep.inner_update, MetaStep.mean_gradient
+"""Inner steps before the rounds of `growing_horizon`."""
 
 
-def falling_meta_lr() -> None:
+@contextmanager
+def replaced(owner: type, **members: Any) -> Iterator[None]:
+    """Members of a class replaced, and put back at the end."""
+    before = {name: vars(owner)[name] for name in members}
+    try:
+        for name, member in members.items():
+            setattr(owner, name, member)
+        yield
+    finally:
+        for name, member in before.items():
+            setattr(owner, name, member)
+
+
+def before_each_step(prepare: Callable[[MetaTrainer], None]) -> AbstractContextManager[None]:
+    """Calls `prepare` before every inner step of every trainer."""
+    advance = MetaTrainer.advance
+
+    def prepared(self: MetaTrainer) -> Event:
+        prepare(self)
+        return advance(self)
+
+    return replaced(MetaTrainer, advance=prepared)
+
+
+def falling_meta_lr() -> AbstractContextManager[None]:
     """The meta-learning rate falls to 0 along a cosine over the whole run."""
+    base: dict[int, float | Tensor] = {}
+
+    def prepare(trainer: MetaTrainer) -> None:
+        optimizer = trainer.meta_step.meta_optimizer
+        optimizer.lr = base.setdefault(id(trainer), optimizer.lr) * COSINE(trainer.step / trainer.total_steps)
+
+    return before_each_step(prepare)
+
+
+def falling_inner_lr() -> AbstractContextManager[None]:
+    """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
     base: dict[int, float] = {}
 
-    def step(self: MetaStep, moment: Moment, run: Runner) -> Tensor:
-        optimizer = self.meta_optimizer
-        optimizer.lr = base.setdefault(id(self), optimizer.lr) * COSINE(moment.index / STEPS)
-        return inner_step(self, moment, run)
+    def prepare(trainer: MetaTrainer) -> None:
+        step = trainer.meta_step
+        lr = base.setdefault(id(trainer), step.inner.lr) * COSINE(trainer.step / trainer.total_steps)
+        step.inner = replace(step.inner, lr=lr)
 
-    MetaStep.inner_step = step  # type: ignore[method-assign]
-
-
-def falling_inner_lr() -> None:
-    """The inner learning rate falls to 0 along a cosine over the whole run, not over each round."""
-
-    def step(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
-        slower = replace(moment, lr=moment.lr * COSINE(moment.index / STEPS))
-        return inner_update(self, learner, slower, *more, **options)
-
-    MetaStep.inner_update = step  # type: ignore[method-assign, assignment]
+    return before_each_step(prepare)
 
 
-def heads_first() -> None:
+def heads_first() -> AbstractContextManager[None]:
     """In the first 100 inner steps the new heads move alone."""
+    inner_update = MetaStep.inner_update
 
-    def step(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
+    def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
         if moment.index >= 100:
             return inner_update(self, learner, moment, *more, **options)
         batch = learner.batches.train(moment.index)
@@ -60,14 +92,15 @@ def heads_first() -> None:
         learner.forget_gradients()
         return loss
 
-    MetaStep.inner_update = step  # type: ignore[method-assign, assignment]
+    return replaced(MetaStep, inner_update=update)
 
 
-def weights_by_loss() -> None:
-    """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of that of chance."""
+def weights_by_loss() -> AbstractContextManager[None]:
+    """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of the loss by chance."""
+    inner_update, mean_gradient = MetaStep.inner_update, MetaStep.mean_gradient
     recent: dict[str, Tensor] = {}
 
-    def step(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
+    def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
         loss = inner_update(self, learner, moment, *more, **options)
         name = learner.task.name
         recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
@@ -79,25 +112,48 @@ def weights_by_loss() -> None:
         self.active.weights.copy_(shares / shares.sum())
         return mean_gradient(self)
 
-    MetaStep.inner_update = step  # type: ignore[method-assign, assignment]
-    MetaStep.mean_gradient = mean  # type: ignore[method-assign]
+    return replaced(MetaStep, inner_update=update, mean_gradient=mean)
 
 
-def growing_horizon() -> None:
+def growing_horizon() -> AbstractContextManager[None]:
     """Rounds of 20, 40, 80, 160, 320, 640 and 740 inner steps instead of equal ones."""
-    MetaStep.k = property(  # type: ignore[method-assign, assignment]
-        lambda self: self.step - max(start for start in STARTS if start <= self.step)
-    )
+    moment = MetaStep.moment
+
+    def unequal(self: MetaStep, index: int) -> Moment:
+        return replace(moment(self, index), carried=index + 1 not in STARTS)
+
+    k = property(lambda self: self.step - max(start for start in STARTS if start <= self.step))
+    return replaced(MetaStep, k=k, moment=unequal)
 
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__.replace("_", "-"): function
     for function in (falling_meta_lr, falling_inner_lr, heads_first, weights_by_loss, growing_horizon)
 }
 
+# -- the command -----------------------------------------------------------------------------------------------
+
+app = new_app()
+_LIST = "\n\n".join(f"{name}: {function.__doc__}" for name, function in VARIANTS.items())
+
+
+@app.command(
+    help=f"Run a command line of trajshift with one thing changed. VARIANT is:\n\n{_LIST}",
+    context_settings={"ignore_unknown_options": True},
+)
+def variants(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="What is changed.")],
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The command line of trajshift.")],
+) -> None:
+    """Runs trajshift under a variant."""
+    if variant not in VARIANTS:
+        raise UsageError(f"there is no variant {variant!r}{nearest(variant, VARIANTS)}")
+    from trajshift.cli.main import main
+
+    sys.argv = ["trajshift", *words]
+    with VARIANTS[variant]():
+        main()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        print(f"variants.py: name one of {', '.join(VARIANTS)}, then trajshift's words", file=sys.stderr)
-        sys.exit(2)
-    VARIANTS[sys.argv.pop(1)]()
-    main()
+    run_app(app, "studies.images.variants")

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 
 from tests.helpers import hub, processes
 from tests.helpers.hub import contents, same, small, watch
+from tests.helpers.waiting import wait_until
 from trajshift.data import cache_writer
 from trajshift.data.cache_reader import open_cache
 from trajshift.data.cache_writer import prepare_cache
@@ -65,8 +65,7 @@ def test_killed_and_resumed_is_the_same_as_undisturbed(
     _, _, copy = small("cifar10", tmp_path)
     undisturbed = contents(prepare_cache("cifar10", tmp_path / "whole", copy=copy, quiet=True))
     died = processes.start(prepare_and_die, copy, tmp_path, writes, jobs, log=tmp_path / "log.txt")
-    while Path(f"/proc/{died.pid}").exists():  # its workers may live on for a while
-        time.sleep(0.01)
+    wait_until(lambda: not Path(f"/proc/{died.pid}").exists(), "a death")  # its workers may live on for a while
     assert not (tmp_path / "cifar10").exists()
     if torn:
         file = tmp_path / "cifar10.part" / "train-images.npy"
@@ -165,8 +164,7 @@ def test_half_done_work_of_another_source_is_not_gone_on_with(tmp_path: Path, mo
 def test_two_processes_do_not_write_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, copy = small("cifar10", tmp_path)
     other = processes.start(hold, tmp_path / "cifar10", log=tmp_path / "log.txt")
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "held").exists, "the other process")
     with pytest.raises(UsageError, match="is being written by another process"):
         prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)
     other.kill()

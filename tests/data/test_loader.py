@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from tests.helpers.waiting import PATIENCE, wait_until
 from trajshift.data.augmentation import ImageTransform
 from trajshift.data.batches import Request, TaskBatches
 from trajshift.data.loader import PrefetchLoader, workers_alive
@@ -145,10 +146,7 @@ def test_workers_stay_and_close_ends_them() -> None:
     assert len(makers) == 1
     assert os.getpid() not in makers
     stream.close()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _runs(*makers):
-        time.sleep(0.01)
-    assert not _runs(*makers)
+    wait_until(lambda: not _runs(*makers), "the worker's end")
     assert {int(process) for process in batches["a"].train(8)} == {os.getpid()}
 
 
@@ -209,7 +207,7 @@ gc.collect()
 
 @pytest.mark.parametrize("then", ["", CYCLE], ids=["open", "collected in a cycle"])
 def test_a_process_that_leaves_its_stream_open_ends(then: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FORGETFUL + then], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORGETFUL + then], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
@@ -246,4 +244,4 @@ def test_what_a_data_set_raises_is_no_killed_worker(error: EOFError, fetching: b
 
 def kill_and_wait(worker: int) -> None:
     os.kill(worker, signal.SIGKILL)
-    time.sleep(60)  # torch interrupts it
+    time.sleep(PATIENCE)  # torch interrupts it

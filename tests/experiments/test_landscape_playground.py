@@ -17,6 +17,7 @@ import torch
 
 import trajshift.experiments.landscape as landscape
 from tests.helpers.options import build
+from tests.helpers.waiting import PATIENCE
 from trajshift import Inner, MetaTrainer
 from trajshift.algorithm.methods import resolve
 from trajshift.experiments.landscape.himmelblau import Point
@@ -219,7 +220,7 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("chromium is not installed (Debian's package): the page is not tried in a browser")
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        opened = playwright.chromium.launch(executable_path=path, args=ARGUMENTS, timeout=1000 * PATIENCE)
         yield opened
         opened.close()
 
@@ -227,7 +228,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(html: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     page = Page("Playground")
-    page.raw(html)
+    page.markup(html)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(page.html(), encoding="utf-8")
     return path.as_uri()
@@ -240,7 +241,7 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
 
     def open_page(width: int = 1200, height: int = 1000, **options: Any) -> Any:
         page = browser.new_page(viewport={"width": width, "height": height}, **options)
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: None if request.url == address else faults.append(request.url))
@@ -273,6 +274,7 @@ def drag(page: Any, x: float, y: float) -> list[float]:
     page.mouse.down()
     page.mouse.move(stage["x"] + x * stage["width"], stage["y"] + y * stage["height"], steps=3)
     page.mouse.up()
+    page.wait_for_function(f"!{STATE}.dragging")  # a busy page acts on events late
     return page.evaluate(f"{STATE}.settings.start")
 
 
@@ -309,17 +311,20 @@ def test_methods_get_as_many_meta_updates(visit: Any) -> None:
 
 def test_it_plays_pauses_and_steps(visit: Any) -> None:
     page = visit()
+    page.fill("[name=speed]", "1")  # ten steps a second: half a minute for what follows, however slow the machine
     page.wait_for_function(f"{STATE}.runs[0].innerSteps > 5")  # by itself, once it is seen
     picture = "document.querySelector('.tsp-view').toDataURL()"
     before = page.evaluate(picture)
     page.wait_for_function(f"{STATE}.runs[0].innerSteps > 20")
     assert page.evaluate(picture) != before
     page.get_by_role("button", name="Pause").click()
+    page.wait_for_function(f"!{STATE}.playing")
     steps = page.evaluate(f"{STATE}.runs[0].innerSteps")
     page.get_by_role("button", name="Step", exact=True).click()
+    page.wait_for_function(f"{STATE}.runs[0].innerSteps > {steps}")
     assert page.evaluate(f"{STATE}.runs[0].innerSteps") == steps + 1
     page.get_by_role("button", name="Restart").click()
-    assert page.evaluate(f"{STATE}.runs[0].innerSteps") == 0
+    page.wait_for_function(f"{STATE}.runs[0].innerSteps === 0")
 
 
 def test_arrow_keys_move_the_start(visit: Any) -> None:
@@ -327,7 +332,7 @@ def test_arrow_keys_move_the_start(visit: Any) -> None:
     page.focus(".tsp-start")
     for key in ("ArrowRight", "Shift+ArrowUp", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)
-    assert page.evaluate(f"{STATE}.settings.start") == [-4.25, 4.0]
+    page.wait_for_function(f"String({STATE}.settings.start) === '-4.25,4'")
     page.wait_for_function(f"{STATE}.done")
 
 
@@ -355,4 +360,5 @@ def test_narrow_screens_need_no_sideways_scrolling(visit: Any) -> None:
         assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
     stage = page.locator(".tsp-stage").bounding_box()
     page.touchscreen.tap(stage["x"] + 0.5 * stage["width"], stage["y"] + 0.5 * stage["height"])
+    page.wait_for_function(f"{STATE}.settings.start[0] > 4")
     assert page.evaluate(f"{STATE}.settings.start") == pytest.approx([5.0, 5.0], abs=0.1)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.waiting import wait_until
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import load
 from trajshift.runs import pool
 from trajshift.runs.directory import RunDirectory
-from trajshift.runs.pool import Job, run_jobs
+from trajshift.runs.job import Job
+from trajshift.runs.pool import run_jobs
 from trajshift.training import checkpoint
 
 RECIPE = """
@@ -48,29 +49,29 @@ def test_a_run_that_kills_its_process_fails_alone(recipe: str, tmp_path: Path) -
 
 def test_a_worker_whose_parent_was_killed_saves_and_ends(recipe: str, tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from trajshift.runs.pool import Job, run_jobs\n"
+        "from pathlib import Path; from trajshift.runs.job import Job; from trajshift.runs.pool import run_jobs\n"
         "from trajshift.recipes.recipe import load\n"
         "job = Job(path=Path('run'), recipe=load('mine.yaml', ['rounds=1000000', 'output.log_every=1']))\n"
         "run_jobs([job], workers=1, title='one', log=Path('log.txt'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = RunDirectory(tmp_path / "run")
-    until = time.monotonic() + 120
     try:
-        while not (run.path / "timing.jsonl").exists() and time.monotonic() < until:
-            time.sleep(0.1)
+        wait_until((run.path / "timing.jsonl").exists, "the first row")
     finally:
         parent.kill()
         parent.wait()
-    while not (found := checkpoint.steps(run.path / "checkpoints")) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert found, (tmp_path / "log.txt").read_text()
-    while time.monotonic() < until:
-        try:
-            return run.lock()  # to be had when the worker has ended
-        except UsageError:
-            time.sleep(0.1)
-    raise AssertionError("the worker trains on")
+    wait_until(lambda: checkpoint.steps(run.path / "checkpoints"), "the worker's checkpoint")
+    wait_until(lambda: locks(run), "the worker's end")
+
+
+def locks(run: RunDirectory) -> bool:
+    """Whether nobody else holds the run, as its worker does until it has ended."""
+    try:
+        run.lock()
+    except UsageError:
+        return False
+    return True
 
 
 def test_without_a_process_a_run_fails_and_nobody_waits(

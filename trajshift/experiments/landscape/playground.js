@@ -111,10 +111,10 @@ const CARRIES = {
   replay: () => {},
 };
 
-/** Inner steps between meta-updates at horizon K; presets write K as 0 and a tenth of it (or 1) as -1. */
+/** Inner steps between meta-updates at horizon K: a number, "horizon" for K, "tenth" for a tenth of it (or 1). */
 function cadence(every, horizon) {
-  if (every < 0) return horizon % 10 ? 1 : horizon / 10;
-  return every || horizon;
+  if (every === "tenth") return horizon % 10 ? 1 : horizon / 10;
+  return every === "horizon" ? horizon : every;
 }
 
 /** One meta-training run. `advance` takes one inner step of all tasks; the fields say where it stands. */
