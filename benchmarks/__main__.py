@@ -20,7 +20,7 @@ BENCHMARKS = {
     "landscape": "the vectorised twin of the plane against the loop",
     "startup": "from nothing to the first step, and the demo",
     "alternatives": "ways that were tried and not kept: one batched call, torch.compile",
-    "gpu": "everything about one GPU, in less than ten minutes",
+    "gpu": "everything about one GPU, in about five minutes",
 }
 ALL = "all"
 

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, replace_all_batch_norm_modules_, s
 from benchmarks.harness import interleave, ratio, repeated, spread, threads, timed
 from benchmarks.report import Report, show, show_time
 from benchmarks.workload import TINY, Workload
-from trajshift.experiments.tables import Table
 from trajshift.learners.modules import to_channels_last
+from trajshift.utils.table import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

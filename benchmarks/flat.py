@@ -11,7 +11,7 @@ from benchmarks.harness import Spread, Steps, interleave, ratio, spread, timed
 from benchmarks.report import Claim, show
 from benchmarks.workload import Workload, build_trainer
 from trajshift import MetaTrainer
-from trajshift.experiments.tables import Table
+from trajshift.utils.table import Table
 
 LIMIT = 70.0
 """Percent of a copy's bandwidth, from `LARGE` numbers on."""

@@ -18,8 +18,8 @@ from trajshift.experiments.landscape import grid, tasks, updates
 from trajshift.experiments.landscape.experiment import run_experiment
 from trajshift.experiments.landscape.himmelblau import Point
 from trajshift.experiments.landscape.measure import Settings
-from trajshift.experiments.tables import Table
 from trajshift.utils.progress import duration
+from trajshift.utils.table import Table
 
 METHOD, HORIZON, META_LR, INNER_LR, MOMENTUM = "trajectory-shifting", 100, 0.1, 0.05, 0.9
 """Of section 4.1."""

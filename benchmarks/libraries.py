@@ -15,7 +15,7 @@ from benchmarks.figure import Lines
 from benchmarks.harness import Process, SideFailed, interleave, ratio, spread
 from benchmarks.report import Report, show, show_time
 from benchmarks.workload import Workload
-from trajshift.experiments.tables import Table
+from trajshift.utils.table import Table
 
 OURS = "trajshift"
 SIDES = {

@@ -10,7 +10,7 @@ from benchmarks.figure import Dot, Dots
 from benchmarks.harness import CORES, Process, interleave, ratio, spread
 from benchmarks.report import Claim, Report, show, show_time
 from benchmarks.workload import TINY, Workload
-from trajshift.experiments.tables import Table
+from trajshift.utils.table import Table
 
 NAIVE, OURS = "benchmarks.sides.naive:steps", "benchmarks.sides.ours:steps"
 

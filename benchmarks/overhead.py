@@ -25,9 +25,9 @@ from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
 from benchmarks.workload import TINY, Workload, build_trainer, random_images
 from trajshift import MetaTrainer
-from trajshift.experiments.tables import Table
 from trajshift.recipes.recipe import load
 from trajshift.runs.train import train
+from trajshift.utils.table import Table
 
 LIMIT_LOGGING = 1.0
 """Percent of a step."""

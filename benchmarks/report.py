@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.figure import Dots, Lines, draw
 from benchmarks.harness import Spread
-from trajshift.experiments.tables import Table
 from trajshift.report.figures import save
 from trajshift.utils.environment import environment
-from trajshift.utils.files import disk_errors, replace_file
+from trajshift.utils.files import disk_errors, replace_file, write_json
+from trajshift.utils.table import Table
 from trajshift.utils.terminal import console, print_table
 
 FIGURE = "speed"
@@ -101,7 +101,7 @@ def write(name: str, report: Report, folder: Path, *, toy: bool) -> None:
     }
     with disk_errors(folder, option="--out", again="the same command"):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / f"{name}.json", json.dumps(about | findings, indent=1) + "\n")
+        write_json(folder / f"{name}.json", about | findings)
         page = folder / f"{name}-{date}.md"
         replace_file(page, markdown(report, about, toy=toy))
         refresh_figure(folder)

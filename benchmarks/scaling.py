@@ -13,7 +13,7 @@ from benchmarks.flat import flat_table, measure_flat
 from benchmarks.harness import CORES, Process, interleave, once, ratio, spread, threads
 from benchmarks.report import Claim, Report, show, show_time
 from benchmarks.workload import TINY, Workload, build_trainer, own_bytes
-from trajshift.experiments.tables import Table
+from trajshift.utils.table import Table
 
 OURS = "benchmarks.sides.ours:steps"
 ALONE = "benchmarks.sides.ours:alone"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from benchmarks.harness import ROOT, Steps, interleave, ratio, spread, timed
 from benchmarks.report import Report, show, show_time
 from trajshift.errors import UsageError
-from trajshift.experiments.tables import Table
 from trajshift.utils.progress import duration
+from trajshift.utils.table import Table
 
 TORCH = "import torch"
 FIRST_STEP = """

@@ -10,6 +10,7 @@ import trajshift
 TORCH_FREE = (
     "trajshift",
     "trajshift.errors",
+    "trajshift.settings",
     "trajshift.algorithm.methods",
     "trajshift.recipes.recipe",
     "trajshift.cli.main",
@@ -54,7 +55,7 @@ for first in ("trajshift.evaluation.finetuning", "trajshift.runs.evaluate_runs",
 def test_the_library_needs_torch_numpy_and_safetensors_alone() -> None:
     code = """
 import sys
-for name in ("pydantic", "yaml", "typer", "rich", "matplotlib", "scipy", "datasets", "PIL", "tensorboard"):
+for name in ("pydantic", "yaml", "typer", "rich", "matplotlib", "scipy", "datasets", "PIL", "tensorboard", "jinja2"):
     sys.modules[name] = None
 import trajshift, trajshift.data.huggingface, trajshift.evaluation.comparison, trajshift.evaluation.statistics
 import trajshift.models, trajshift.runs.evaluate_runs, trajshift.training.checkpoint
@@ -65,7 +66,7 @@ trainer = trajshift.MetaTrainer(model, digits_tasks("parity"), horizon=2, rounds
 assert [event.step for event in trainer] == [1, 2]
 (target,) = digits_targets("six-to-nine").values()
 rows = evaluate({"shifting": {0: trainer.initialization}}, [target], steps=2, batch_size=4)
-assert 0.0 <= rows[0]["accuracy"] <= 1.0
+assert 0.0 <= rows[0].metrics["accuracy"] <= 1.0
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

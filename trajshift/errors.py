@@ -1,4 +1,4 @@
-"""Errors a user can mend. This module never imports torch."""
+"""Errors that a user can fix. This module never imports torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """Bad input, said in one sentence that names the thing, the value and the remedy.
+    """Bad input, reported in one sentence that names the thing, the value and the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
@@ -15,6 +15,11 @@ class UsageError(ValueError):
 
 class NonFiniteLoss(UsageError):
     """A loss became infinite or not a number; names the task, the step and the learning rates."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines that follow; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

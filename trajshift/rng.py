@@ -36,11 +36,17 @@ def generator_seed(key: int) -> int:
 
 def seed_generators(key: int, device: torch.device) -> None:
     """Seeds the global generators that a pass on `device` draws from."""
-    if device.type == "cpu":
-        # torch.manual_seed formats a stack trace for each absent kind of accelerator: a fifth of a small step
-        torch.default_generator.manual_seed(generator_seed(key))
-    else:
-        torch.manual_seed(generator_seed(key))
+    seed = generator_seed(key)
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    # torch.manual_seed seeds every device and formats a stack trace for each absent kind of accelerator: a fifth of a
+    # small step on a CPU, 0.14 ms on a GPU
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.init()  # before it there are no generators
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def _mix(word: Tensor) -> Tensor:

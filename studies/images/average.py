@@ -14,7 +14,8 @@ import typer
 from studies.command import new_app, run_app
 from trajshift import Initialization, load_initialization
 from trajshift.errors import UsageError
-from trajshift.runs.starting_points import checkpoints_of, phi_of
+from trajshift.runs.starting_points import phi_of
+from trajshift.training.checkpoint_files import checkpoint_folders
 
 app = new_app()
 
@@ -26,7 +27,7 @@ def average(
     steps: Annotated[list[int], typer.Argument(metavar="STEP", help="Inner steps of the checkpoints.")],
 ) -> None:
     """Write the mean of phi over checkpoints, in the form of a run's initialization.safetensors."""
-    there = dict(checkpoints_of(path))
+    there = checkpoint_folders(path / "checkpoints")
     for step in steps:
         if step not in there:
             raise UsageError(

@@ -29,8 +29,9 @@ from trajshift.evaluation.finetuning import finetune
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.build_trainer import finetune_options
 from trajshift.recipes.recipe import load
-from trajshift.runs.starting_points import checkpoints_of, phi_of
+from trajshift.runs.starting_points import phi_of
 from trajshift.task import Task
+from trajshift.training.checkpoint_files import checkpoint_folders
 from trajshift.utils.files import append_row, read_jsonl
 from trajshift.utils.processes import Jobs, run_in_processes
 from trajshift.utils.progress import Progress
@@ -68,7 +69,7 @@ def work(job: Job) -> dict[str, Any]:
     """The job's row with its test metrics, or the error that ended it."""
     torch.set_num_threads(1)
     changed = ["device=cpu", f"finetune.lr={job.finetune_lr}", f"finetune.train_images={IMAGES}"]
-    phi = phi_of(dict(checkpoints_of(job.run))[job.step]) if job.step else None
+    phi = phi_of(checkpoint_folders(job.run / "checkpoints")[job.step]) if job.step else None
     options = finetune_options(load(job.run, changed))
     try:
         return job.row() | finetune(phi, task(job.run, job.data, job.target), **options).metrics
@@ -79,7 +80,7 @@ def work(job: Job) -> dict[str, Any]:
 def jobs(data: Path, runs: Sequence[Path]) -> Iterator[Job]:
     """From scratch, and after all rounds that every run of a seed has finished."""
     horizon = load(runs[0]).horizon
-    ends = {run: {step for step, _ in checkpoints_of(run) if step % horizon == 0} for run in runs}
+    ends = {run: {step for step in checkpoint_folders(run / "checkpoints") if step % horizon == 0} for run in runs}
     seeds: dict[int, list[Path]] = defaultdict(list)
     for run in runs:
         seeds[load(run).seed].append(run)
@@ -125,7 +126,7 @@ def native(
     if not runs:
         raise UsageError("no run was named; name DATA and at least one RUN, or neither for the tables")
     for path in runs:
-        if not any(checkpoints_of(path)):
+        if not checkpoint_folders(path / "checkpoints"):
             raise UsageError(f"{path} has no checkpoints; name runs that kept theirs (output.keep=null)")
     results.mkdir(parents=True, exist_ok=True)
     with resumable():

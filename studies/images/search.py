@@ -120,9 +120,10 @@ class Search:
         kept = ("target", "inner_steps", "train_images", "accuracy", "loss")
         found = evaluate_runs([self.trained(rates, seed)], overrides=[f"finetune.lr={rate}"], **options)
         for row in found:
-            if "error" in row:
-                raise Diverged(row["error"])
-        distinct = dict.fromkeys(tuple(row[name] for name in kept) for row in found)  # the last checkpoint is phi again
+            if row.error is not None:
+                raise Diverged(row.error)
+        # the last checkpoint is phi again
+        distinct = dict.fromkeys(tuple(row.to_json()[name] for name in kept) for row in found)
         return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 
     def trained(self, rates: Rates, seed: int) -> Path:

@@ -114,8 +114,11 @@ def test_all_parts_of_the_gpu_benchmark_run(tmp_path: Path) -> None:
     write("gpu", gpu.measure_on(torch.device("cpu"), gpu.TOY), tmp_path, toy=True)
     parts = checked(tmp_path, "gpu")["tables"][-1]["rows"]
     assert [part[:2] for part in parts] == [
-        [name, "done"] for name in ("the paper's run", "engines", "flat update", "memory", "ResNet18")
-    ]
+        [name, "done"]
+        for name in (
+            "the paper's run", "engines", "kernels", "flat update", "memory", "ResNet18", "ResNet18 in bfloat16",
+        )
+    ]  # fmt: skip
 
 
 def test_time_that_no_kernel_covers() -> None:
@@ -133,7 +136,7 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(gpu, part, fail)
     parts = gpu.measure_on(torch.device("cpu"), gpu.TOY).tables[-1].rows
     failed = "failed, RuntimeError: out of memory"
-    assert [part[1] for part in parts] == [failed, failed, "done", failed, "done"]
+    assert [part[1] for part in parts] == [failed, failed, "done", "done", failed, "done", "done"]
 
 
 def test_the_batched_call_makes_the_gradients_of_each_learner() -> None:

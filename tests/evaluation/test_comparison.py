@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,15 @@ from scipy import stats
 
 from trajshift.errors import UsageError
 from trajshift.evaluation.comparison import (
-    FINAL,
-    SCRATCH,
-    Row,
     curves,
-    label_runs,
     pick_metric,
     summary_table,
     summary_tables,
 )
+from trajshift.evaluation.evaluation_row import FINAL, INITIAL_WEIGHTS, SCRATCH, EvaluationRow, StartingPoint
 from trajshift.evaluation.statistics import compare, holm, interval, paired_test
 from trajshift.runs.evaluation_rows import read_evaluation
+from trajshift.runs.labels import label_runs
 from trajshift.utils.files import append_row, read_jsonl
 
 # -- statistics --------------------------------------------------------------------------------------------------
@@ -145,10 +144,10 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
-def row(label: str, seed: int, target: str, accuracy: float | None, **more: Any) -> Row:
-    base: Row = {
-        "checkpoint": SCRATCH if label == SCRATCH else FINAL,
-        "inner_steps": 0 if label == SCRATCH else 2000,
+def row(label: str, seed: int, target: str, accuracy: float | None, **more: Any) -> EvaluationRow:
+    base = {
+        "checkpoint": "scratch" if label == "scratch" else "initialization",
+        "inner_steps": 0 if label == "scratch" else 2000,
         "method": label,
         "label": label,
         "seed": seed,
@@ -161,10 +160,15 @@ def row(label: str, seed: int, target: str, accuracy: float | None, **more: Any)
     result = (
         {"error": "the loss at step 3 is nan"} if accuracy is None else {"accuracy": accuracy, "loss": 1 - accuracy}
     )
-    return base | result | more
+    return EvaluationRow.from_json(base | result | more)
 
 
-def table(values: dict[str, dict[str, list[float | None]]]) -> list[Row]:
+def changed(row: EvaluationRow, **more: Any) -> EvaluationRow:
+    """The row with other fields, by their names in the file."""
+    return EvaluationRow.from_json(row.to_json() | more)
+
+
+def table(values: dict[str, dict[str, list[float | None]]]) -> list[EvaluationRow]:
     return [
         row(label, seed, target, value)
         for label, targets in values.items()
@@ -204,14 +208,14 @@ def test_text_of_the_table() -> None:
 
 
 def test_one_seed_is_shown_without_interval_and_said_so() -> None:
-    summary = summary_table([r for r in table(VALUES) if r["seed"] == 0])
+    summary = summary_table([r for r in table(VALUES) if r.seed == 0])
     assert summary.cells()[0][1] == "50.00"
     assert all(test.p is None for test in summary.tests)
     assert any("one seed" in note for note in summary.notes)
 
 
 def test_an_incomplete_seed_leaves_the_average_and_a_failure_all_of_it() -> None:
-    rows = [r for r in table(VALUES) if (r["label"], r["seed"], r["target"]) != ("shift", 2, "birds")]
+    rows = [r for r in table(VALUES) if (r.label, r.seed, r.target) != ("shift", 2, "birds")]
     summary = summary_table(rows)
     assert summary.lines[0].seeds == (0, 1)
     assert summary.lines[0].targets["cars"].count == 3
@@ -227,7 +231,7 @@ def test_an_incomplete_seed_leaves_the_average_and_a_failure_all_of_it() -> None
 
 
 def test_unlike_settings_and_budgets_are_said() -> None:
-    rows = [r | {"setting": "other", "inner_steps": 999} if r["label"] == "reptile" else r for r in table(VALUES)]
+    rows = [changed(r, setting="other", inner_steps=999) if r.label == "reptile" else r for r in table(VALUES)]
     notes = " ".join(summary_table(rows).notes)
     assert "not like with like" in notes
     assert "unequal budgets of 999 and 2,000" in notes
@@ -241,28 +245,32 @@ def test_two_results_for_one_seed_are_refused() -> None:
 def test_no_rows_and_metrics() -> None:
     with pytest.raises(UsageError, match="train_images=10"):
         summary_table(table(VALUES), train_images=10)
-    assert pick_metric([{"mse": 1.0, "loss": 1.0}, {"mse": 2.0, "loss": 2.0}]) == "mse"
-    assert pick_metric([{"mse": 1.0, "loss": 1.0}, {"accuracy": 0.5, "loss": 2.0}]) == "loss"
+    with_metrics = [
+        replace(row("shift", 0, "cars", 0.5), metrics=metrics)
+        for metrics in ({"mse": 1.0, "loss": 1.0}, {"mse": 2.0, "loss": 2.0}, {"accuracy": 0.5, "loss": 2.0})
+    ]
+    assert pick_metric(with_metrics[:2]) == "mse"
+    assert pick_metric(with_metrics[::2]) == "loss"
 
 
 def test_tables_by_size_and_few_data_curve() -> None:
     sizes = [
-        r | {"train_images": n, "images": n, "accuracy": r["accuracy"] * n / 100}
+        changed(r, train_images=n, images=n, accuracy=r.metrics["accuracy"] * n / 100)
         for r in table(VALUES)
         for n in (10, 50)
     ]
     rows = [*sizes, *table(VALUES)]
     assert [summary.train_images for summary in summary_tables(rows)] == [None, 50, 10]
-    curve = curves(rows, "images", metric="accuracy", target="cars")[0]
+    curve = curves([(r.images, r) for r in rows], metric="accuracy", target="cars")[0]
     assert curve.x == (10.0, 50.0, 100.0)
     assert [point.mean for point in curve.y] == pytest.approx([0.055, 0.275, 0.55])
-    assert curves(rows, "images", metric="accuracy")[0].x == (10.0, 50.0)
+    assert curves([(r.train_images, r) for r in rows], metric="accuracy")[0].x == (10.0, 50.0)
 
 
 def test_curve_against_inner_steps_averages_within_seeds_and_needs_all_targets() -> None:
-    early = [r | {"checkpoint": 500, "inner_steps": 500, "accuracy": r["accuracy"] / 2} for r in table(VALUES)]
-    early = [r for r in early if (r["seed"], r["target"]) != (2, "cars")]
-    curve = curves([*early, *table(VALUES)], "inner_steps", metric="accuracy")[0]
+    early = [changed(r, checkpoint=500, inner_steps=500, accuracy=r.metrics["accuracy"] / 2) for r in table(VALUES)]
+    early = [r for r in early if (r.seed, r.target) != (2, "cars")]
+    curve = curves([(r.inner_steps, r) for r in [*early, *table(VALUES)]], metric="accuracy")[0]
     assert curve.x == (500.0, 2000.0)
     assert [point.count for point in curve.y] == [2, 3]
     assert curve.y[0].mean == pytest.approx((0.40 + 0.43) / 4)
@@ -270,8 +278,9 @@ def test_curve_against_inner_steps_averages_within_seeds_and_needs_all_targets()
 
 def test_a_failed_fine_tuning_leaves_a_gap_in_the_curve_as_in_the_table() -> None:
     """The other seeds alone would flatter the method."""
-    early = [r | {"checkpoint": 500, "inner_steps": 500} for r in table({"shift": {"cars": [0.5, None, 0.6]}})]
-    (curve,) = curves([*early, *table({"shift": {"cars": [0.7, 0.8, 0.9]}})], "inner_steps", metric="accuracy")
+    early = [changed(r, checkpoint=500, inner_steps=500) for r in table({"shift": {"cars": [0.5, None, 0.6]}})]
+    late = table({"shift": {"cars": [0.7, 0.8, 0.9]}})
+    (curve,) = curves([(r.inner_steps, r) for r in [*early, *late]], metric="accuracy")
     assert curve.x == (2000.0,)
     assert curve.y[0].mean == pytest.approx(0.8)
 
@@ -295,6 +304,25 @@ def test_labels_name_what_sets_runs_apart() -> None:
 
 
 # -- saved rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [SCRATCH, INITIAL_WEIGHTS, FINAL, StartingPoint.at_step(5)])
+@pytest.mark.parametrize("accuracy", [0.5, None])
+def test_a_row_comes_back_from_json(start: StartingPoint, accuracy: float | None) -> None:
+    made = replace(row("shift", 3, "cars", accuracy), start=start, phi="0ccd")
+    saved = json.loads(json.dumps(made.to_json()))
+    assert EvaluationRow.from_json(saved) == made
+    assert EvaluationRow.from_json(saved).to_json() == saved
+    assert (saved["checkpoint"] == 5) == (start.step == 5)
+    assert start.is_meta_trained == (start not in (SCRATCH, INITIAL_WEIGHTS))
+
+
+def test_rows_of_version_0_1_keep_their_keys_and_their_order() -> None:
+    files = list((Path(__file__).parents[1] / "data" / "run-0.1").rglob("evaluation.jsonl"))
+    assert len(files) == 4
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert [json.dumps(row.to_json()) for row in read_evaluation(file.parent)] == lines
 
 
 def test_a_half_written_last_line_is_left_out_and_then_cut(tmp_path: Path) -> None:
@@ -327,10 +355,16 @@ def test_two_commands_may_add_rows_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [('{"a"', "line 2: .*delimiter"), ("5", "line 2 is no mapping"), ("{}", "checkpoint in line 2 is None")],
+    [
+        ('{"a"', "line 2: .*delimiter"),
+        ("5", "line 2 is not a mapping"),
+        ("{}", "checkpoint in line 2 is None"),
+        ("UNKNOWN", "line 2: checkpoint 'none' is no starting point"),
+    ],
 )
 def test_damage_inside_is_named(tmp_path: Path, line: str, word: str) -> None:
     good = '{"checkpoint": 5, "target": "a", "steps": 1, "seed": 0, "inner_steps": 5, "method": "mtl"}'
+    line = line.replace("UNKNOWN", good.replace("5,", '"none",', 1))
     file = tmp_path / "evaluation.jsonl"
     file.write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(UsageError, match=rf"evaluation\.jsonl is damaged \(.*{word}"):

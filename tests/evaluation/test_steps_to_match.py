@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from trajshift.evaluation.comparison import AVERAGE, FINAL, summary_table
+from trajshift.evaluation.comparison import AVERAGE, summary_table
+from trajshift.evaluation.evaluation_row import FINAL, SCRATCH, EvaluationRow, StartingPoint
 from trajshift.evaluation.steps_to_match import NOT_REACHED, StepsToMatchTable, steps_to_match_table
 
 STEPS = (100, 200, 400)
 Curves = dict[str, dict[str, list[float]]]
 
 
-def made(values: Curves, metric: str = "accuracy", method: str | None = None) -> list[dict[str, Any]]:
+def made(values: Curves, metric: str = "accuracy", method: str | None = None) -> list[EvaluationRow]:
     """Rows of two seeds around label -> target -> value at each of `STEPS`."""
     return [
-        {
-            "checkpoint": FINAL if step == STEPS[-1] else step, "inner_steps": step, "method": method or label,
-            "label": label, "seed": seed, "target": target, "train_images": None, "steps": 1, "setting": target,
-            metric: value + (0.01, -0.01)[seed],
-        }
+        EvaluationRow(
+            start=FINAL if step == STEPS[-1] else StartingPoint.at_step(step), inner_steps=step, method=method or label,
+            label=label, seed=seed, target=target, steps=1, setting=target,
+            metrics={metric: value + (0.01, -0.01)[seed]},
+        )
         for label, by_target in values.items()
         for target, curve in by_target.items()
         for step, value in zip(STEPS, curve, strict=True)
@@ -28,7 +29,7 @@ def made(values: Curves, metric: str = "accuracy", method: str | None = None) ->
     ]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> StepsToMatchTable:
+def table(rows: list[EvaluationRow]) -> StepsToMatchTable:
     found = steps_to_match_table(rows, summary_table(rows))
     assert found is not None
     return found
@@ -59,31 +60,32 @@ def test_the_first_checkpoint_at_least_as_good_counts() -> None:
 def test_every_seed_is_held_against_the_reference_in_that_seed() -> None:
     """Seed 0 of shift is as good at once, seed 1 never; their means are at the end."""
     rows = made({"shift": {"a": [0.3, 0.4, 0.7]}, "reptile": {"a": [0.3, 0.6, 0.7]}})
-    for row in rows:
-        if row["label"] == "shift":
-            row["accuracy"] = {0: 0.9, 1: {400: 0.5}.get(row["inner_steps"], 0.1)}[row["seed"]]
+    for place, row in enumerate(rows):
+        if row.label == "shift":
+            accuracy = {0: 0.9, 1: {400: 0.5}.get(row.inner_steps, 0.1)}[row.seed]
+            rows[place] = replace(row, metrics={"accuracy": accuracy})
     shift, reptile = table(rows).lines
     assert shift.steps == {"a": 400}
     assert shift.by_seed == {"a": [100, None]}
     assert reptile.by_seed == {"a": [400, 400]}
     assert table(rows).seed_cells() == [["shift, seeds", "100 to never"], ["reptile, seeds", "400"]]
-    alone = table([row for row in rows if row["seed"] == 0])
+    alone = table([row for row in rows if row.seed == 0])
     assert alone.seed_cells() == []
 
 
 def test_a_seed_that_is_not_finished_has_no_end_to_reach() -> None:
     """Reptile's seed 1 was fine-tuned from its first checkpoint alone, which is no goal."""
     rows = made(SHIFT_WINS)
-    half = [row for row in rows if (row["label"], row["seed"]) != ("reptile", 1) or row["inner_steps"] == 100]
+    half = [row for row in rows if (row.label, row.seed) != ("reptile", 1) or row.inner_steps == 100]
     found = table(half)
     assert found.goals == pytest.approx({"a": 0.71, "b": 0.61, AVERAGE: 0.66})
-    assert found.lines == table([row for row in rows if row["seed"] == 0]).lines
+    assert found.lines == table([row for row in rows if row.seed == 0]).lines
 
 
 def test_a_mean_counts_where_all_seeds_are() -> None:
     """Seed 1 of shift, the worse one, ends at step 100: what seed 0 alone reaches later is no mean over seeds."""
     rows = made(SHIFT_WINS)
-    half = [row for row in rows if (row["label"], row["seed"]) != ("shift", 1) or row["inner_steps"] == 100]
+    half = [row for row in rows if (row.label, row.seed) != ("shift", 1) or row.inner_steps == 100]
     shift = table(half).lines[0]
     assert shift.steps == {"a": None, "b": 100, AVERAGE: None}
 
@@ -103,16 +105,19 @@ def test_of_several_reptiles_the_best_is_the_goal() -> None:
 
 def test_rows_without_meta_training_and_other_sizes_do_not_count() -> None:
     rows = made(SHIFT_WINS)
-    zero = {"checkpoint": "scratch", "label": "scratch", "method": "scratch", "inner_steps": 0}
-    scratch = [row | zero for row in rows if row["label"] == "shift" and row["checkpoint"] == FINAL]
-    few = [row | {"train_images": 5, "accuracy": 1.0} for row in rows]
+    scratch = [
+        replace(row, start=SCRATCH, label="scratch", method="scratch", inner_steps=0)
+        for row in rows
+        if row.label == "shift" and row.start == FINAL
+    ]
+    few = [replace(row, train_images=5, metrics={"accuracy": 1.0}) for row in rows]
     found = table(rows + few + scratch)
     assert found == table(rows)
 
 
 def test_without_reptile_or_checkpoints_there_is_no_table() -> None:
     rows = made(SHIFT_WINS)
-    others = [row for row in rows if row["label"] != "reptile"]
+    others = [row for row in rows if row.label != "reptile"]
     assert steps_to_match_table(others, summary_table(others)) is None
-    ends = [row for row in rows if row["checkpoint"] == FINAL]
+    ends = [row for row in rows if row.start == FINAL]
     assert steps_to_match_table(ends, summary_table(ends)) is None

@@ -26,7 +26,7 @@ from trajshift.experiments.images.tuned_rates import read_tuned
 from trajshift.runs import worker
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import collect
-from trajshift.runs.pool import Job
+from trajshift.runs.job import Job
 
 pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
@@ -84,13 +84,13 @@ def test_every_experiment_runs(
     jobs = experiment_jobs(name, scale="check", seeds=1, overrides=small(root, recipe), out=out)
     rows, _ = collect([job.path for job in jobs])
     start = "initial weights" if recipe.startswith("imagenet") else "scratch"
-    assert len({row["label"] for row in rows}) == len(jobs) + 1
-    assert {row["target"] for row in rows if row["label"] == start} == set(jobs[0].recipe.targets)
-    assert not any("error" in row for row in rows)
+    assert len({row.label for row in rows}) == len(jobs) + 1
+    assert {row.target for row in rows if row.label == start} == set(jobs[0].recipe.targets)
+    assert not any(row.error for row in rows)
     if published.checkpoints:
-        assert len({row["inner_steps"] for row in rows}) == 3
+        assert len({row.inner_steps for row in rows}) == 3
     if published.few_data:
-        assert {row["train_images"] for row in rows if row["label"] != start} >= {4, 8}
+        assert {row.train_images for row in rows if row.label != start} >= {4, 8}
     assert start in (out / f"{name}.html").read_text()
 
 
@@ -224,7 +224,9 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert worker.do(json.loads(job.line()))
+        sent = Job.from_line(job.to_line())
+        assert sent == job
+        assert worker.do(sent)
     finally:
         torch.set_num_threads(before)
     assert used == [1]

@@ -228,7 +228,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(html: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     page = Page("Playground")
-    page.raw(html)
+    page.markup(html)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(page.html(), encoding="utf-8")
     return path.as_uri()

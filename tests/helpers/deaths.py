@@ -126,7 +126,7 @@ def _end(death: Death) -> None:
     from trajshift.learners.initialization import Initialization
 
     def save(original: Call, phi: Initialization, path: Path) -> None:
-        path.with_name(path.name + ".tmp").write_bytes(phi.to_bytes()[:100])
+        path.with_name(f".{path.name}.new").write_bytes(phi.to_bytes()[:100])
         death.now()
 
     _at(Initialization, "save", death, save)

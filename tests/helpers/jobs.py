@@ -9,7 +9,7 @@ from typing import Any
 
 from trajshift.errors import UsageError
 from trajshift.runs import worker
-from trajshift.runs.pool import Job
+from trajshift.runs.job import Job
 
 
 def run_jobs_here(jobs: Sequence[Job], **options: Any) -> dict[Path, UsageError]:

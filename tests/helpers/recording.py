@@ -65,6 +65,8 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iter
 class Recorder:
     """`trajshift.training.engines.cuda_graph.Recorder` without a device."""
 
+    lanes = 2
+
     def __init__(self) -> None:
         self.records = 0
         self.replays = 0

@@ -15,6 +15,7 @@ from trajshift.recipes.recipe import SECTIONS, Recipe, builtin_names, difference
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
 from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe
 from trajshift.runs.sweep import Result, choose, edges, parse_grid
+from trajshift.settings import Optimization
 
 SMALL = """
 horizon: 10
@@ -45,7 +46,7 @@ def test_builtin_recipes_survive_being_printed(name: str, tmp_path: Path) -> Non
 def test_every_field_is_printed_and_documented() -> None:
     recipe = load("digits")
     assert set(yaml.safe_load(to_yaml(recipe))) == {entry.name for entry in fields(Recipe)}
-    for section in (Recipe, TaskRecipe, *SECTIONS.values()):
+    for section in (Recipe, TaskRecipe, Optimization, *SECTIONS.values()):
         tree = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for entry, after in pairwise(tree.body):

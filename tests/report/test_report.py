@@ -9,13 +9,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from trajshift.errors import UsageError
 from trajshift.evaluation.comparison import summary_table
+from trajshift.evaluation.evaluation_row import FINAL, SCRATCH, EvaluationRow
 from trajshift.recipes.recipe import load, to_yaml
 from trajshift.report.figures import aligned, looks
 from trajshift.report.result_sections import verdict
@@ -197,11 +197,11 @@ def test_gains_are_paired_with_the_start_of_the_same_seed(tmp_path: Path) -> Non
     path = make_run(tmp_path, "reptile", 0)
     write_report([path])
     rows = collect([path])[0]
-    value = {(row["label"], row["target"], row["train_images"], row["checkpoint"]): row["accuracy"] for row in rows}
+    value = {(row.label, row.target, row.train_images, row.start): row.metrics["accuracy"] for row in rows}
     for row in numbers(path / "report-figures" / "gain_over_scratch.csv"):
         if row["target"] in TARGETS and row["train_images"] != "80":
             target, size = row["target"], int(row["train_images"])
-            gain = value["reptile", target, size, "initialization"] - value["scratch", target, size, "scratch"]
+            gain = value["reptile", target, size, FINAL] - value["scratch", target, size, SCRATCH]
             assert float(row["mean_accuracy"]) == pytest.approx(gain)
 
 
@@ -362,15 +362,16 @@ def test_refusals(tmp_path: Path) -> None:
         write_report([run])
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_without_a_package_of_the_extra_it_is_named(package: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0)
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import sys; sys.modules['{package}'] = None\n"
         "from trajshift.errors import UsageError\nfrom trajshift.report.write_report import write_report\n"
         f"try: write_report([{str(run)!r}])\nexcept UsageError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'trajshift[report]'" in out.stdout
+    assert out.stdout == f"intervals, figures and pages need {package}: pip install 'trajshift[report]'\n"
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
@@ -383,7 +384,7 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
-def made(values: dict[str, list[float]]) -> list[dict[str, Any]]:
+def made(values: dict[str, list[float]]) -> list[EvaluationRow]:
     base = {
         "checkpoint": "initialization",
         "inner_steps": 9,
@@ -393,7 +394,9 @@ def made(values: dict[str, list[float]]) -> list[dict[str, Any]]:
         "setting": "s",
     }
     return [
-        base | {"label": label, "method": label, "seed": seed, "accuracy": value, "loss": 1 - value}
+        EvaluationRow.from_json(
+            base | {"label": label, "method": label, "seed": seed, "accuracy": value, "loss": 1 - value}
+        )
         for label, by_seed in values.items()
         for seed, value in enumerate(by_seed)
     ]

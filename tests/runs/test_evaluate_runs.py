@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from trajshift.errors import UsageError
-from trajshift.evaluation.comparison import FINAL, SCRATCH, START, summary_table
+from trajshift.evaluation.comparison import summary_table
 from trajshift.evaluation.evaluate import evaluate
+from trajshift.evaluation.evaluation_row import FINAL, INITIAL_WEIGHTS, SCRATCH
 from trajshift.evaluation.finetuning import finetune
 from trajshift.learners.initialization import Initialization
 from trajshift.recipes.build_tasks import build_tasks
@@ -86,17 +87,17 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 def test_rows_hold_what_finetune_gives(tmp_path: Path) -> None:
     path = make_run(tmp_path, "a", "method=reptile", "seed=3")
     rows = evaluate_runs([path])
-    assert [row["target"] for row in rows] == ["six-to-nine", "digit-and-turn"]
+    assert [row.target for row in rows] == ["six-to-nine", "digit-and-turn"]
     recipe = load(path)
     task = build_tasks(recipe, ["digit-and-turn"])["digit-and-turn"]
     tuned = finetune(phi_of(recipe, 1), task, **finetune_options(recipe))
     row = rows[1]
-    assert {name: row[name] for name in tuned.metrics} == tuned.metrics
-    wanted = {"checkpoint": FINAL, "inner_steps": 800, "method": "reptile", "label": "reptile", "seed": 3}
+    assert row.metrics == tuned.metrics
+    wanted = {"start": FINAL, "inner_steps": 800, "method": "reptile", "label": "reptile", "seed": 3}
     wanted |= {"train_images": 12, "images": 12, "steps": 2, "run": "a", "section": "targets"}
-    assert {name: row[name] for name in wanted} == wanted
+    assert {name: getattr(row, name) for name in wanted} == wanted
     lines = [json.loads(line) for line in (path / "evaluation.jsonl").read_text().splitlines()]
-    assert [line["accuracy"] for line in lines] == [row["accuracy"] for row in rows]
+    assert [line["accuracy"] for line in lines] == [row.metrics["accuracy"] for row in rows]
     assert "run" not in lines[0]
 
 
@@ -140,10 +141,10 @@ def test_scratch_once_per_seed_for_all_runs(tmp_path: Path, count: Callable[[], 
     ]
     rows = evaluate_runs(paths, scratch=True)
     assert count() == 2 * (3 + 2)
-    scratch = [row for row in rows if row["checkpoint"] == SCRATCH]
-    assert [row["seed"] for row in scratch] == [0, 0, 1, 1]
-    assert {row["label"] for row in scratch} == {"scratch"}
-    assert {row["inner_steps"] for row in scratch} == {0}
+    scratch = [row for row in rows if row.start == SCRATCH]
+    assert [row.seed for row in scratch] == [0, 0, 1, 1]
+    assert {row.label for row in scratch} == {"scratch"}
+    assert {row.inner_steps for row in scratch} == {0}
     evaluate_runs([*reversed(paths)], scratch=True)
     assert count() == 0
     collected, notes = saved.collect(paths)
@@ -167,11 +168,11 @@ def test_checkpoints_with_their_inner_steps(tmp_path: Path, count: Callable[[], 
             phis[event.step] = trainer.initialization
     rows = evaluate_runs([path], checkpoints=True)
     # Each round of two steps replays its first step once.
-    assert [(row["checkpoint"], row["inner_steps"]) for row in rows[::2]] == [(2, 3), (4, 6)]
+    assert [(row.start.step, row.inner_steps) for row in rows[::2]] == [(2, 3), (4, 6)]
     task = build_tasks(recipe, ["six-to-nine"])["six-to-nine"]
     for place, phi in enumerate(phis.values()):
-        assert rows[2 * place]["loss"] == finetune(phi, task, **finetune_options(recipe)).metrics["loss"]
-    assert rows[0]["loss"] != rows[2]["loss"]
+        assert rows[2 * place].metrics["loss"] == finetune(phi, task, **finetune_options(recipe)).metrics["loss"]
+    assert rows[0].metrics["loss"] != rows[2].metrics["loss"]
     evaluate_runs([path], checkpoints=True)
     assert count() == 4
     (path / "checkpoints" / "000000002" / "shared.safetensors").write_bytes(b"damaged")
@@ -184,7 +185,7 @@ def test_tuning_tasks_stay_apart_from_targets(tmp_path: Path) -> None:
     path = make_run(tmp_path, "a", 'tuning.held={source: "digits:digit-and-side"}')
     tuning = evaluate_runs([path], targets="tuning")
     targets = evaluate_runs([path])
-    assert [row["target"] for row in tuning] == ["held"]
+    assert [row.target for row in tuning] == ["held"]
     assert saved.collect([path])[0] == targets
     assert saved.collect([path], "tuning")[0] == tuning
 
@@ -195,7 +196,7 @@ def test_a_diverging_fine_tuning_is_a_row_with_its_error(tmp_path: Path) -> None
     bad = {name: torch.full_like(tensor, float("nan")) for name, tensor in phi.items()}
     Initialization(bad, phi.about).save(path / "initialization.safetensors")
     rows = evaluate_runs([path])
-    assert all("the loss at step 1 is nan" in row["error"] for row in rows)
+    assert all("the loss at step 1 is nan" in str(row.error) for row in rows)
     assert summary_table(rows, train_images=12).lines[0].average is None
 
 
@@ -231,11 +232,17 @@ def test_without_meta_training_a_run_starts_from_its_initial_weights(tmp_path: P
     runs = [make_run(tmp_path, name, f"initialization={weights}", f"method={name}") for name in ("reptile", "leap")]
     phi_of(recipe_of(tmp_path), 3).save(runs[0] / "initialization.safetensors")  # has learned nothing
     rows = evaluate_runs(runs, scratch=True)
-    start = [row for row in rows if row["checkpoint"] == START]
-    assert [(row["label"], row["method"], row["inner_steps"]) for row in start] == [(START, START, 0)] * 2
-    unmoved = {row["target"]: row["accuracy"] for row in rows if row["label"] == "reptile"}
-    assert {row["target"]: row["accuracy"] for row in start} == unmoved
+    start = [row for row in rows if row.start == INITIAL_WEIGHTS]
+    assert [(row.label, row.method, row.inner_steps) for row in start] == [
+        ("initial weights", "initial weights", 0)
+    ] * 2
+    unmoved = {row.target: row.metrics["accuracy"] for row in rows if row.label == "reptile"}
+    assert {row.target: row.metrics["accuracy"] for row in start} == unmoved
     collected, _ = collect(runs)
     assert sorted(map(str, collected)) == sorted(map(str, rows))
-    assert [line.label for line in summary_table(collected, train_images=12).lines] == ["reptile", "leap", START]
+    assert [line.label for line in summary_table(collected, train_images=12).lines] == [
+        "reptile",
+        "leap",
+        "initial weights",
+    ]
     assert evaluate_runs(runs, scratch=True) == rows

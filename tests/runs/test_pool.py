@@ -13,7 +13,8 @@ from trajshift.errors import UsageError
 from trajshift.recipes.recipe import load
 from trajshift.runs import pool
 from trajshift.runs.directory import RunDirectory
-from trajshift.runs.pool import Job, run_jobs
+from trajshift.runs.job import Job
+from trajshift.runs.pool import run_jobs
 from trajshift.training import checkpoint
 
 RECIPE = """
@@ -48,7 +49,7 @@ def test_a_run_that_kills_its_process_fails_alone(recipe: str, tmp_path: Path) -
 
 def test_a_worker_whose_parent_was_killed_saves_and_ends(recipe: str, tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from trajshift.runs.pool import Job, run_jobs\n"
+        "from pathlib import Path; from trajshift.runs.job import Job; from trajshift.runs.pool import run_jobs\n"
         "from trajshift.recipes.recipe import load\n"
         "job = Job(path=Path('run'), recipe=load('mine.yaml', ['rounds=1000000', 'output.log_every=1']))\n"
         "run_jobs([job], workers=1, title='one', log=Path('log.txt'))"

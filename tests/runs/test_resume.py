@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.deaths import Death, train
 from tests.helpers.processes import start, start_ranks, wait
 from tests.helpers.waiting import PATIENCE
+from trajshift.runs.train import kernels_of
 from trajshift.training import checkpoint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -104,7 +106,7 @@ def test_killed_again_and_again(name: str, alone: Path, tmp_path: Path) -> None:
         assert one_process(words, death, log) == -signal.SIGKILL, f"{death}\n{log.read_text()}"
     assert one_process(["train", str(tmp_path / name), "--resume"], None, log) == 0, log.read_text()
     assert results(tmp_path / name) == results(alone / name)
-    assert not list((tmp_path / name).rglob("*.tmp"))
+    assert not [*(tmp_path / name).rglob("*.tmp"), *(tmp_path / name).rglob("*.new")]
 
 
 RANK_DEATHS = [
@@ -171,3 +173,15 @@ def test_a_run_moves_between_one_and_two_ranks(alone: Path, tmp_path: Path) -> N
     assert ranks(words, None, tmp_path) == [0, 0], (tmp_path / "rank-0.txt").read_text()
     rows = [(run / "metrics.jsonl").read_text().count("\n") for run in (tmp_path / "moved", alone / "two-ranks")]
     assert rows == [24, 24]
+
+
+def test_the_choice_of_kernels_is_that_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run of a version that had no fused kernels resumes without them."""
+    monkeypatch.setattr("trajshift.runs.train.available", lambda device: True)
+    device = torch.device("cpu")
+    assert kernels_of(tmp_path, device, resumed=False) == "fused"
+    assert kernels_of(tmp_path, device, resumed=True) == "eager"
+    choices = tmp_path / "choices.json"
+    for kept, expected in (('{"engine": "loop"}', "eager"), ('{"kernels": "fused"}', "fused")):
+        choices.write_text(kept)
+        assert kernels_of(tmp_path, device, resumed=True) == expected

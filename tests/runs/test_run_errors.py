@@ -376,5 +376,5 @@ def test_a_damaged_timing_is_said_and_stops_no_progress(tmp_path: Path) -> None:
     with open(run.path / "timing.jsonl", "a") as file:
         file.write("garbage\n")
     assert run.last_step() == 0
-    with pytest.raises(UsageError, match=r"timing.jsonl is damaged .*; mend or delete the line"):
+    with pytest.raises(UsageError, match=r"timing.jsonl is damaged .*; fix or delete the line"):
         go(run.path, "rounds=3", resume=True)

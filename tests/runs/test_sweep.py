@@ -14,7 +14,7 @@ import torch
 from tests.helpers.jobs import run_jobs_here
 from trajshift.errors import UsageError
 from trajshift.runs.evaluation_rows import read_evaluation
-from trajshift.runs.pool import Job
+from trajshift.runs.job import Job
 from trajshift.runs.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
 from trajshift.task import Task
 
@@ -74,7 +74,7 @@ def untested(name: str) -> Task:
     [
         (["device=mps"], "device 'mps' is not to be had here"),
         (["initialization=hub:resnet18"], "'hub:resnet18' names no weights"),
-        (["tuning.b.source=tests.runs.test_sweep:untested"], "task 'b' has no test examples"),
+        ([f"tuning.b.source={__name__}:untested"], "task 'b' has no test examples"),
         (["tuning.b.source=npz:gone.npz"], "gone.npz: no such file"),
         (["tuning.b.source=npz:gone.npz", "tuning.c.source=digits:none"], "likewise digits:none"),
     ],
@@ -108,7 +108,7 @@ def test_finished_runs_are_scored_on_the_tasks_of_the_day(
     second = values_of(tmp_path / "out")
     assert first.keys() == second.keys()
     rows = [row for path in (tmp_path / "out").glob("*lr*") for row in read_evaluation(path)]
-    by_setting = {row["setting"]: {r["accuracy"] for r in rows if r["setting"] == row["setting"]} for row in rows}
+    by_setting = {row.setting: {r.metrics["accuracy"] for r in rows if r.setting == row.setting} for row in rows}
     assert len(rows) == 4
     assert list(by_setting.values()) == [{*first.values()}, {*second.values()}]
     run(["inner.lr=0.01,0.02", *QUICK])

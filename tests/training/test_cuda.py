@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.traffic import launches
 from tests.helpers.learners import assert_same, everything, run, same_bits
 from tests.helpers.options import build
 from tests.training.test_cuda_graph import MIXES, STEPS, peeking, tasks, trainer
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.evaluation.finetuning import finetune
+from trajshift.kernels.switch import eager_kernels
 from trajshift.models import build_model
 from trajshift.training.checkpoint import load, save
 from trajshift.utils.files import read_jsonl
@@ -51,12 +53,12 @@ def test_learners_share_streams_and_tables_are_filled_again(monkeypatch: pytest.
     assert_same(run(loop, 30), run(graph, 30))
 
 
-def resnets(engine: str, autocast: torch.dtype | None) -> MetaTrainer:
+def resnets(engine: str, autocast: torch.dtype | None, method: str = "trajectory-shifting") -> MetaTrainer:
     """ResNet20s in float32."""
     return build(
         lambda task: build_model("resnet20", task),
         tasks(),
-        "trajectory-shifting",
+        method,
         horizon=6,
         rounds=5,
         batch_size=5,
@@ -81,6 +83,33 @@ def test_a_recorded_resnet_takes_the_loops_step_and_repeats_to_the_last_bit(
     torch.testing.assert_close(loop.advance().losses, graph.advance().losses, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-3, atol=1e-4)
     assert graph.engine.name == "graph"
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_fused_kernels_take_the_step_of_pytorchs(autocast: torch.dtype | None) -> None:
+    """One step from a shared state, and a second run repeats fifteen to the last bit (above)."""
+    fused, plain = resnets("loop", autocast), resnets("loop", autocast)
+    with launches() as launched:
+        ours = fused.advance().losses
+    assert launched
+    with eager_kernels(), launches() as launched:
+        theirs = plain.advance().losses
+    assert not launched
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if autocast is None else 2e-2, atol=1e-3)
+    assert_near(fused.theta - fused.phi, plain.theta - plain.phi, 1e-2 if autocast is None else 0.1)
+
+
+def assert_near(left: torch.Tensor, right: torch.Tensor, share: float) -> None:
+    """To a share of their size: a rounding that flips a ReLU moves single numbers by more."""
+    assert float((left - right).norm()) <= share * float(right.norm())
+
+
+def test_second_derivatives_of_a_residual_network_run_without_fused_kernels() -> None:
+    made = resnets("loop", None, method="imaml")
+    with launches() as launched:
+        run(made, 6)  # a meta-update at the end of the round
+    assert launched
+    assert bool(made.phi.isfinite().all())
 
 
 @pytest.mark.parametrize("method", ["trajectory-shifting", "mtl"])

@@ -20,7 +20,7 @@ from trajshift.models import build_model
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
 from trajshift.training.engines.choose import choose_engine
-from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
+from trajshift.training.engines.cuda_graph import LANES, CudaRecorder, Graph, lanes_for, longest_first
 
 STEPS = 50
 
@@ -177,13 +177,13 @@ def main(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
 def test_a_recording_waits_for_the_lanes_that_it_used_alone(main: FakeStream) -> None:
     """CUDA refuses a recording that waits for a stream outside it."""
     recorder = CudaRecorder(torch.device("cuda"), lanes=3)
-    for rows in ((0, 1), (0, 1, 2, 3)):
+    for rows in ((0, 1), (0, 1, 2, 2)):
         main.waited.clear()
         for row in rows:
             with recorder.lane(row):
                 pass
         recorder.join()
-        assert main.waited == recorder._lanes[: len(rows)]
+        assert main.waited == recorder._lanes[: max(rows) + 1]
     assert all(set(lane.waited) == {main} for lane in recorder._lanes)
 
 
@@ -203,7 +203,7 @@ def test_a_recording_that_fails_leaves_the_callers_stream(main: FakeStream, monk
 
 def test_learners_with_large_batches_run_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = 5 * (3 * 9 * 9 + 8)  # a label has 8 bytes
-    for small, lanes in ((batch, 4), (batch - 1, 1)):
+    for small, lanes in ((batch, LANES), (batch - 1, 1)):
         monkeypatch.setattr("trajshift.training.engines.cuda_graph.SMALL", small)
         assert lanes_for(trainer("loop")) == lanes
 
@@ -224,6 +224,36 @@ def test_the_tables_are_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run(loop, 30)
     run(graph, 30)
     torch.testing.assert_close(loop.phi, graph.phi, rtol=1e-9, atol=1e-9)
+
+
+def test_a_table_finds_its_keys_computed_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a jump too, with the same tables as when all keys are computed at once."""
+    monkeypatch.setattr("trajshift.training.engines.cuda_graph.AHEAD", 8)
+    graph = run(trainer(Graph(Recorder())), 6)
+    (feed, _), computed = graph.engine._feeds, []
+    monkeypatch.setattr(feed, "look_ahead", lambda ahead=feed.look_ahead: (computed.append(len(feed._keys)), ahead()))
+    run(graph, 2)
+    assert computed == [6, 7]
+    run(graph, 1)
+    assert computed == [6, 7, 0]
+    drawn = feed._draws.clone()
+    feed.fill(40)
+    assert len(computed) == 3 + 8
+    assert not torch.equal(drawn, feed._draws)
+    feed.fill(8)
+    assert torch.equal(drawn, feed._draws)
+
+
+def test_the_costliest_learners_start_first_on_lanes_of_equal_work() -> None:
+    """The paper's eight sources."""
+    pixels = [size * size for size in (64, 64, 32, 84, 84, 84, 28, 32)]
+    launches = longest_first(pixels, 4)
+    assert [pixels[row] for row, _ in launches] == sorted(pixels, reverse=True)
+    loads = [sum(pixels[row] for row, lane in launches if lane == one) for one in range(4)]
+    assert sorted(loads) == [7840, 8080, 8080, 8192]
+    assert [lane for _, lane in longest_first(pixels, 8)] == list(range(8))
+    graph = run(trainer(Graph(Recorder())), 1)
+    assert [row for row, _ in graph.engine._launches] == [1, 0]
 
 
 @pytest.mark.parametrize("stop", [12, 17])

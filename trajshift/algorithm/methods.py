@@ -53,7 +53,7 @@ class Method:
         return self.meta_every
 
     def default_meta_lr(self, horizon: int, meta_every: int) -> float:
-        """The meta-learning rate where the user names none (DESIGN: 10/K for shifting, 1.0 for Reptile)."""
+        """The meta-learning rate where the user names none: 10/K for shifting, 1.0 for Reptile."""
         return min(1.0, 10.0 * meta_every / horizon) if self.meta_lr is None else self.meta_lr
 
 

@@ -79,16 +79,19 @@ class ImageTransform:
         if key is None or not self.random:
             return self.apply(batch, None)
         place = torch.arange(2 * len(x), device=x.device)
-        return self.apply(batch, draw_crops(*_crop_keys(key), place, padding=self.crop_padding))
+        return self.apply(batch, draw_crops(*crop_keys(key), place, padding=self.crop_padding))
 
     @property
     def random(self) -> bool:
         """Whether training images are augmented."""
         return self.crop_padding > 0 or self.flip
 
-    def draws(self, keys: Sequence[int], count: int, device: torch.device) -> Tensor:
-        """What `apply` needs for S batches of `count` images, all at once: int64 `[S, 3, count]`, one for each key."""
-        crop, mirror = (words(part).to(device) for part in zip(*map(_crop_keys, keys), strict=True))
+    def draws(self, keys: Sequence[tuple[int, int]], count: int, device: torch.device) -> Tensor:
+        """What `apply` needs for S batches of `count` images, all at once: int64 `[S, 3, count]`.
+
+        `keys` are those that `crop_keys` makes of each batch's.
+        """
+        crop, mirror = (words(part).to(device) for part in zip(*keys, strict=True))
         return draw_crops(crop, mirror, torch.arange(2 * count, device=device), padding=self.crop_padding)
 
     def apply(self, batch: Batch, draw: Tensor | None) -> Batch:
@@ -119,7 +122,8 @@ class ImageTransform:
         return self._constants[device, white]
 
 
-def _crop_keys(key: int) -> tuple[int, int]:
+def crop_keys(key: int) -> tuple[int, int]:
+    """The two draws behind a batch's augmentation: where it is cropped, and which images are flipped."""
     return hash_key(key, "crop"), hash_key(key, "flip")
 
 

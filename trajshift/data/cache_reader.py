@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import ImageData, MappedSource
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
@@ -87,7 +87,7 @@ def _load(path: Path, kind: str, shape: list[int], manifest: Mapping[str, Any]) 
     except OSError as error:
         raise _unreadable(path, error) from error
     except Exception as error:  # whatever numpy meets in a damaged header
-        raise UsageError(f"{path} is damaged ({str(error).splitlines()[0]}); {_anew(path.parent, manifest)}") from error
+        raise UsageError(f"{path} is damaged ({first_line(error)}); {_anew(path.parent, manifest)}") from error
     if found != f"{kind} {shape}":
         raise UsageError(f"{path} holds {found} and should hold {kind} {shape}; {_anew(path.parent, manifest)}")
     return np.asarray(array)

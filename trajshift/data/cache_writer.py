@@ -31,7 +31,7 @@ from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import shuffled_by_class
 from trajshift.errors import UsageError, nearest
 from trajshift.rng import key
-from trajshift.utils.files import replace_file
+from trajshift.utils.files import replace_file, write_json, write_to_disk
 from trajshift.utils.progress import Progress
 
 PLAN_FILE = "plan.json"
@@ -237,10 +237,7 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
     for split, numbers in labels.items():
         data = BytesIO()
         np.save(data, numbers)  # to a file itself it writes without saying why it could not
-        with (part / f"{split}-labels.npy").open("wb") as labels_file:
-            labels_file.write(data.getbuffer())
-            labels_file.flush()
-            os.fsync(labels_file.fileno())
+        write_to_disk(part / f"{split}-labels.npy", data.getbuffer())
 
 
 def _what_differs(there: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
@@ -256,7 +253,7 @@ def _finish(part: Path, manifest: dict[str, Any], folder: Path) -> None:
     """Writes the manifest and makes the cache of the half-done work."""
     files = sorted(part.glob("*.npy"))
     manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
-    replace_file(part / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_json(part / MANIFEST, manifest)
     part.rename(folder)  # before the plan goes: who dies in between has lost nothing
     for scaffold in (PLAN_FILE, LOCK):
         (folder / scaffold).unlink()

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from trajshift.data.resize import image_tensor, prepare_images
 from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes, shuffled_by_class
-from trajshift.errors import UsageError, nearest
+from trajshift.errors import UsageError, first_line, nearest
 from trajshift.rng import key
 
 MEMORY_BYTES = 2**30
@@ -199,7 +199,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         # What Pillow raises for bytes that are no image, or far too large a one.
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
-            reason = str(error).splitlines()[0] if known else "no format that Pillow knows"
+            reason = first_line(error) if known else "no format that Pillow knows"
             undecoded = self._images.cast_column(self._column, _datasets().Image(decode=False))
             place = undecoded[number][self._column]["path"]
             named = f"{place}: " if place else ""
@@ -259,8 +259,7 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
             remedy = f"mend {broken}" if broken else "check the files"
         else:
             remedy = "nor is it a file or folder here; check id and connection"
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UsageError(f"{name}: not to be opened as a data set ({reason}); {remedy}") from error
+        raise UsageError(f"{name}: not to be opened as a data set ({first_line(cause)}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
 
 

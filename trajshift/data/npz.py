@@ -12,7 +12,7 @@ import torch
 
 from trajshift.data.resize import prepare_images
 from trajshift.data.sources import ArraySource, ImageData, numbered_classes
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 
 
 def load_npz(path: str | Path, *, size: int | None = None, channels: int | None = None) -> ImageData:
@@ -75,8 +75,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: not a readable .npz file of plain arrays ({reason}); write it anew") from error
+        raise UsageError(
+            f"{path}: not a readable .npz file of plain arrays ({first_line(error)}); write it anew"
+        ) from error
 
 
 def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from trajshift.data.resize import image_tensor
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.rng import permutation, seeded_cpu_generators
 
 if TYPE_CHECKING:
@@ -316,8 +316,9 @@ def stack_examples(examples: list[Any]) -> Batch:
     try:
         return default_collate(examples)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"examples do not stack into a batch ({reason}); give all the same shape") from error
+        raise UsageError(
+            f"examples do not stack into a batch ({first_line(error)}); give all the same shape"
+        ) from error
 
 
 def numbered_classes(largest: int, what: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import NonFiniteLoss
-from trajshift.evaluation.comparison import FINAL, SCRATCH, Row
+from trajshift.evaluation.evaluation_row import FINAL, SCRATCH, EvaluationRow
 from trajshift.settings import Finetune, finetune_settings
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def evaluate(
     train_images: Sequence[int | None] = (None,),
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> list[Row]:
+) -> list[EvaluationRow]:
     """Fine-tunes every target from every initialization; rows for `comparison.summary_table`.
 
     Args:
@@ -49,21 +49,27 @@ def evaluate(
     for done, (label, seed, phi, task, images) in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), f"{label} seed {seed} on {task.name}")
-        start = FINAL if phi is not None else SCRATCH
-        about = getattr(phi, "about", {})
-        base = {"checkpoint": start, "inner_steps": about.get("step", 0), "method": label, "label": label}
-        rows.append(finetuned_row(base | {"seed": seed}, phi, task, images, options))
+        row = EvaluationRow(
+            start=FINAL if phi is not None else SCRATCH,
+            inner_steps=getattr(phi, "about", {}).get("step", 0),
+            method=label,
+            label=label,
+            seed=seed,
+            target=task.name,
+            steps=options.get("steps", 1000),
+        )
+        rows.append(finetuned_row(row, phi, task, images, options))
     return rows
 
 
 def finetuned_row(
-    base: Row,
+    row: EvaluationRow,
     phi: Mapping[str, Tensor] | None,
     task: Task,
     train_images: int | None,
     options: Mapping[str, Any],
-) -> Row:
-    """One fine-tuning as a row; a loss that is not finite is a result too, and said as `error`."""
+) -> EvaluationRow:
+    """The row with the result of its fine-tuning; a loss that is not finite is a result too, kept as `error`."""
     from trajshift.evaluation.finetuning import finetune, training_images
     from trajshift.task import untested
 
@@ -73,15 +79,9 @@ def finetuned_row(
     others = {name: value for name, value in options.items() if name not in own and name != "settings"}
     given = {name: value for name, value in options.items() if name in own}
     settings = replace(finetune_settings(options.get("settings"), given), train_images=train_images)
-    row = {
-        **base,
-        "target": task.name,
-        "train_images": train_images,
-        "images": training_images(task, train_images),
-        "steps": settings.steps,
-    }
+    row = replace(row, train_images=train_images, images=training_images(task, train_images))
     try:
-        tuned = finetune(phi, task, settings, seed=base["seed"], **others)
+        tuned = finetune(phi, task, settings, seed=row.seed, **others)
     except NonFiniteLoss as error:
-        return {**row, "error": str(error)}
-    return {**row, **tuned.metrics}
+        return replace(row, error=str(error))
+    return replace(row, metrics=tuned.metrics)

@@ -1,4 +1,4 @@
-"""Intervals and paired tests over seeds; torch-free.
+"""Intervals and paired tests over seeds.
 
 A seed is a whole pipeline (start of phi, heads, batches, meta-training, target subset, fine-tuning), so one
 number per seed enters here: whoever has several targets averages them within the seed first. Student's t
@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 
 from trajshift.errors import UsageError, nearest
+from trajshift.utils.imports import missing_report_extra
+
+LEVEL = 0.05
+"""Of the tests, after Holm's correction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +50,17 @@ def show(estimate: Estimate | None, digits: int = 3, scale: float = 1.0, *, sign
         return "-"
     mean = f"{scale * estimate.mean:{'+' if signed else ''}.{digits}f}"
     return mean if estimate.half_width is None else f"{mean} \u00b1 {scale * estimate.half_width:.{digits}f}"
+
+
+def show_p(p: float, decimals: int | None = None) -> str:
+    """A p-value with two digits that count, or with fixed decimals; below the last of four (of `decimals`) only that.
+
+    `show_p(0.0123)` is `0.012`, `show_p(1e-6)` is `<0.0001`; `show_p(0.0123, 3)` the same, `show_p(1e-6, 3)` `< 0.001`.
+    """
+    if decimals is None:
+        return "<0.0001" if p < 1e-4 else f"{p:#.2g}"
+    least = 10.0**-decimals
+    return f"< {least:.{decimals}f}" if p < least else f"{p:.{decimals}f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,5 +186,5 @@ def _student_t() -> Any:
     try:
         from scipy.stats import t
     except ImportError:
-        raise UsageError("intervals and tests need scipy: pip install 'trajshift[report]'") from None
+        raise missing_report_extra("scipy") from None
     return t

@@ -1,12 +1,12 @@
-"""How many inner steps a method needs to be as good as Reptile is at its end; torch-free."""
+"""How many inner steps a method needs to be as good as Reptile is at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from trajshift.evaluation.comparison import AVERAGE, FINAL, UNTRAINED, Curve, Row, Summary, curves
+from trajshift.evaluation.comparison import AVERAGE, Curve, Summary, curves
+from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 
 NOT_REACHED = "not reached"
 
@@ -58,7 +58,9 @@ def _range(seeds: Sequence[int | None]) -> str:
     return " to ".join(dict.fromkeys(texts)) or "-"
 
 
-def steps_to_match_table(rows: Sequence[Row], final: Summary, method: str = "reptile") -> StepsToMatchTable | None:
+def steps_to_match_table(
+    rows: Sequence[EvaluationRow], final: Summary, method: str = "reptile"
+) -> StepsToMatchTable | None:
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
     A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
@@ -66,22 +68,25 @@ def steps_to_match_table(rows: Sequence[Row], final: Summary, method: str = "rep
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
     # steps need checkpoints: what was fine-tuned at the end alone says nothing about when
-    trained = [row for row in rows if row["checkpoint"] not in UNTRAINED]
-    chosen = [row for row in trained if row.get("train_images") == final.train_images and row["steps"] in final.steps]
-    if not found or all(row["checkpoint"] == FINAL for row in chosen):
+    trained = [row for row in rows if row.start.is_meta_trained]
+    chosen = [row for row in trained if row.train_images == final.train_images and row.steps in final.steps]
+    if not found or all(row.start == FINAL for row in chosen):
         return None
     sign = 1.0 if final.percent else -1.0
     best = max(found, key=lambda line: sign * line.average.mean if line.average else 0.0)
     goals = {name: best.targets[name].mean for name in final.targets if name in best.targets}
     if len(final.targets) > 1 and best.average is not None:
         goals[AVERAGE] = best.average.mean
-    chosen = [row for row in chosen if row["seed"] in best.seeds]
-    of_seed = {seed: [row for row in chosen if row["seed"] == seed] for seed in sorted(best.seeds)}
+    chosen = [row for row in chosen if row.seed in best.seeds]
+    points = [(row.inner_steps, row) for row in chosen]
+    of_seed = [[point for point in points if point[1].seed == seed] for seed in sorted(best.seeds)]
     steps, by_seed = {}, {}
     for name in goals:
-        curve = partial(curves, x="inner_steps", metric=final.metric, target=None if name == AVERAGE else name)
-        steps[name] = _first(curve(chosen), sign, goals[name])
-        by_seed[name] = [_first_in_seed(curve(rows), sign, best.label) for rows in of_seed.values()]
+        target = None if name == AVERAGE else name
+        steps[name] = _first(curves(points, metric=final.metric, target=target), sign, goals[name])
+        by_seed[name] = [
+            _first_in_seed(curves(few, metric=final.metric, target=target), sign, best.label) for few in of_seed
+        ]
     return StepsToMatchTable(
         reference=best.label,
         budget=best.inner_steps,
@@ -92,7 +97,7 @@ def steps_to_match_table(rows: Sequence[Row], final: Summary, method: str = "rep
                 steps={name: steps[name].get(label) for name in goals},
                 by_seed={name: [one[label] for one in by_seed[name] if label in one] for name in goals},
             )
-            for label in dict.fromkeys(row["label"] for row in chosen)
+            for label in dict.fromkeys(row.label for row in chosen)
         ),
     )
 

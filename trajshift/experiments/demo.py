@@ -6,7 +6,8 @@ from pathlib import Path
 
 from trajshift.recipes.recipe import load
 from trajshift.report.terminal_summary import print_summary
-from trajshift.runs.pool import Job, refuse_failures, run_jobs
+from trajshift.runs.job import Job
+from trajshift.runs.pool import refuse_failures, run_jobs
 from trajshift.utils.files import disk_errors
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.terminal import console

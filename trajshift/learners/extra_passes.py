@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trajshift.algorithm.conjugate_gradient import hessian_product
 from trajshift.algorithm.protocols import Product
+from trajshift.kernels.switch import eager_kernels
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.learner import Learner
 from trajshift.rng import seeded
@@ -64,7 +65,8 @@ class ExtraPasses:
         """Products with the Hessian of one learner's loss on its last training batch."""
         learner = self._roster.learners[row]
         with self._pass(learner):
-            loss = learner.forward(learner.batches.train(self._batch), self._autocast)
+            with eager_kernels():  # fused ones have no second derivative
+                loss = learner.forward(learner.batches.train(self._batch), self._autocast)
             product = hessian_product(loss, list(learner.shared.values()), learner.pieces)
 
             def counted(v: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from trajshift.errors import UsageError
+from trajshift.utils.files import replace_file
 
 METADATA_KEY = "trajshift"
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
@@ -60,10 +61,8 @@ class Initialization(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> Path:
         """Writes the safetensors file, in one move."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self.to_bytes())
-        return temporary.replace(path)
+        replace_file(path, self.to_bytes())
+        return path
 
 
 def is_statistic(name: str) -> bool:

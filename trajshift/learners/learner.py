@@ -72,6 +72,7 @@ class Learner:
         self.row = row
         self._trajectories = trajectories
         self.shared = trajectories.bind(row, self.module)
+        self._parameters = list(self.module.parameters())
         self._gradient_row = None if gradients is None else gradients[row]
         if self.inner.flat and self.adapt_shared:
             if self._flat is None:
@@ -144,7 +145,8 @@ class Learner:
 
     def forget_gradients(self) -> None:
         """Frees the gradients, so that tasks that run one after another share their memory."""
-        self.module.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # module.zero_grad looks for them in every part of the module
+            parameter.grad = None
 
     def pieces(self, row: Tensor) -> list[Tensor]:
         """A row `[P]` cut into the shared parameters' shapes, in their order."""
@@ -184,6 +186,11 @@ class Learner:
             self._flat.grad = self._gradient_row
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+
+    @property
+    def has_state_to_shift(self) -> bool:
+        """Whether the optimizer keeps state that lives in parameter space, which `shift_state` moves."""
+        return any(not PARAMETER_SPACE_STATE.isdisjoint(kept) for kept in self.optimizer.state.values())
 
     def shift_state(self, delta: Mapping[str, Tensor]) -> None:
         """Moves optimizer state that lives in parameter space (averages, anchors) by delta."""

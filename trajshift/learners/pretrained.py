@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.learners.initialization import Initialization, load_initialization
 
 HUB = "hub:"
@@ -42,8 +42,7 @@ def locate(start: str | Path) -> Path:
         return Path(hf_hub_download(form["id"], "model.safetensors", revision=form["revision"]))
     # Whatever the library or the network raises: the reader of a recipe gets one sentence.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{start}: not to be had from the hub ({reason}); give a local file") from error
+        raise UsageError(f"{start}: not to be had from the hub ({first_line(error)}); give a local file") from error
 
 
 def load_start(start: str | Path) -> Initialization:
@@ -66,7 +65,7 @@ def load_start(start: str | Path) -> Initialization:
         found = torch.load(path, map_location="cpu", weights_only=True)
     # torch raises whatever unpickling does, and its own refusal of anything but tensors.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if reason.startswith("Weights only"):  # then torch goes on about how to load it all the same
             reason = "it holds more than tensors"
         raise UsageError(

@@ -14,6 +14,7 @@ from trajshift.learners.initialization import tensor_names
 from trajshift.learners.modules import Factory, faster_channels_last, fresh_module, head_key, phi_key, to_channels_last
 from trajshift.learners.parameter_matrix import Layout
 from trajshift.task import Task
+from trajshift.utils.dotted_names import is_within
 
 _USUAL_HEADS = ("fc", "head", "heads", "classifier")
 
@@ -33,6 +34,13 @@ class Blueprint:
     """Whether the factory's modules keep their convolutions' weights channels-last."""
     names: frozenset[str]
     """Of all parameters and buffers of the first task's model."""
+    unshared: tuple[str, ...]
+    """Trainable parameters of the first task's model outside the heads that not every task has with one shape.
+
+    Images of unequal channels make the first layer such a one, which is seldom wanted.
+    """
+    left: tuple[str, ...] = ()
+    """Tensors of the initialization that phi was started from which it did not take: heads, BatchNorm statistics."""
 
     @classmethod
     def inspect(
@@ -66,7 +74,8 @@ class Blueprint:
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
-        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first))
+        own = tuple(n for n in trainable[tasks[0].name] if n not in shared and not is_in_head(n, heads))
+        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first), own)
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
@@ -145,4 +154,4 @@ def shared_names(
 
 def is_in_head(name: str, heads: Sequence[str]) -> bool:
     """Whether a dotted parameter name lies in one of the heads."""
-    return any(name == head or name.startswith(head + ".") for head in heads)
+    return is_within(name, heads)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trajshift.errors import UsageError, nearest
+from trajshift.kernels.conv3x3 import conv3x3
+from trajshift.kernels.norm_relu import norm_relu
 from trajshift.models.sizes import head, image_channels, init_convolutions, positive
 from trajshift.task import Task
 
@@ -28,7 +30,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; an odd size is rounded up, so that any number of blocks takes any image."""
-        return self._pool(self._activation(self.bn(self.conv(x))), 2, ceil_mode=True)
+        return self._pool(self._activate(conv3x3(self.conv, x)), 2, ceil_mode=True)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if isinstance(self.bn, nn.BatchNorm2d) and self._activation is F.relu:
+            return norm_relu(self.bn, x)
+        return self._activation(self.bn(x))
 
 
 class ConvNet(nn.Module):

@@ -8,13 +8,38 @@ shape, so its weights load as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trajshift.kernels.conv3x3 import conv3x3
+from trajshift.kernels.norm_relu import norm_relu
 from trajshift.models.sizes import head, image_channels, init_convolutions, positive
 from trajshift.task import Task
+
+
+class _Spread(torch.autograd.Function):
+    """Slices and pads as `ZeroPad` says; its gradient is one copy into zeros, where autograd's own makes three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, before: int, after: int, stride: int) -> Tensor:
+        ctx.before, ctx.stride, ctx.shape, ctx.layout = before, stride, x.shape, _layout(x)
+        return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, before, after))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        whole = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.layout).zero_()
+        kept = gradient.narrow(1, ctx.before, ctx.shape[1])
+        whole[:, :, :: ctx.stride, :: ctx.stride] = kept
+        return whole, None, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class ZeroPad(nn.Module):
@@ -28,7 +53,7 @@ class ZeroPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, C + missing, ceil(H / stride), ceil(W / stride)]`."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        return _Spread.apply(x, self.before, self.after, self.stride)
 
 
 class BasicBlock(nn.Module):
@@ -51,8 +76,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + shortcut)
+        x = norm_relu(self.bn1, conv3x3(self.conv1, x))
+        return norm_relu(self.bn2, conv3x3(self.conv2, x), shortcut)
 
 
 def _stage(channels: int, width: int, blocks: int, stride: int, *, project: bool) -> nn.Sequential:
@@ -75,7 +100,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or targets `[B, outputs]`."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = norm_relu(self.bn1, conv3x3(self.conv1, x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.mean(x, dim=(2, 3)))
 
@@ -96,7 +121,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits or targets `[B, outputs]`."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, padding=1)
+        x = F.max_pool2d(norm_relu(self.bn1, self.conv1(x)), 3, 2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.mean(x, dim=(2, 3)))
 

@@ -13,11 +13,10 @@ from trajshift import models
 from trajshift.algorithm.carries import Carry
 from trajshift.algorithm.meta_gradients import MetaGradient
 from trajshift.data.batches import TaskBatches
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.learners.initialization import is_statistic
 from trajshift.learners.modules import Factory, fresh_module, head_key
 from trajshift.learners.pretrained import load_start
-from trajshift.learners.sharing import is_in_head
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.recipe import Recipe
 from trajshift.rng import seeded
@@ -99,7 +98,7 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"device {name!r} is not available on this machine: {str(error).splitlines()[0]}; try device=cpu"
+            f"device {name!r} is not available on this machine: {first_line(error)}; try device=cpu"
         ) from None
     return found
 
@@ -143,35 +142,20 @@ def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
             shape = "" if task.input_shape is None else f" of shape {list(task.input_shape)}"
             raise UsageError(
                 f"the examples of task {name!r}{shape} do not fit model {recipe.model.name!r}: "
-                f"{str(error).splitlines()[0]}; set data.size and data.channels, or use another model"
+                f"{first_line(error)}; set data.size and data.channels, or use another model"
             ) from error
-
-
-def unshared(trainer: MetaTrainer) -> list[str]:
-    """Trainable parameters of the first task's model outside the head that are not shared with all tasks.
-
-    Images of unequal channels make the first layer such a one, which is seldom wanted.
-    """
-    run = trainer.meta_step
-    task = next(iter(run.active.tasks.values()))
-    module = fresh_module(run.active.blueprint.factory, task, head_key(run.seed, task.name))
-    heads, shared = run.active.blueprint.heads, {entry.name for entry in run.layout.entries}
-    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [name for name in names if name not in shared and not is_in_head(name, heads)]
 
 
 def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
     """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
     if recipe.initialization is None:
         return None
-    shared = {entry.name for entry in trainer.layout.entries}
-    start = load_start(recipe.initialization)
-    left = [name for name in start if name not in shared]
+    left = trainer.meta_step.active.blueprint.left
     statistics = [name for name in left if is_statistic(name)]
     rest = [name for name in left if not is_statistic(name)]
     parts = [f"not used: {', '.join(rest)}"] if rest else []
     parts += [f"{len(statistics)} BatchNorm statistics, which belong to tasks"] if statistics else []
-    return "; ".join([f"phi starts from {recipe.initialization}: {len(start) - len(left)} parameters", *parts])
+    return "; ".join([f"phi starts from {recipe.initialization}: {len(trainer.layout.entries)} parameters", *parts])
 
 
 def finetune_options(recipe: Recipe) -> dict[str, Any]:

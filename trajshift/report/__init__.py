@@ -1,1 +1,1 @@
-"""The page of one run or many, from saved files alone; torch-free."""
+"""The page of one run or many, from saved files alone, without torch."""

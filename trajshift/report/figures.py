@@ -1,4 +1,4 @@
-"""The figures of a report, drawn with matplotlib from summaries and curves; torch-free, no global state."""
+"""The figures of a report, drawn with matplotlib from summaries and curves, without global state."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trajshift.errors import UsageError
-from trajshift.evaluation.comparison import AVERAGE, SCRATCH, START, UNTRAINED, Curve, Summary
+from trajshift.evaluation.comparison import AVERAGE, Curve, Summary
+from trajshift.evaluation.evaluation_row import INITIAL_WEIGHTS, SCRATCH, UNTRAINED_LABELS
 from trajshift.evaluation.statistics import Estimate
+from trajshift.utils.files import replace_file
+from trajshift.utils.imports import missing_report_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,15 +53,15 @@ Looks = Mapping[str, Mapping[str, Any]]
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each method, the same in every figure; without meta-training grey and dashed."""
     found: dict[str, dict[str, Any]] = {}
-    for index, label in enumerate(name for name in labels if name not in UNTRAINED):
+    for index, label in enumerate(name for name in labels if name not in UNTRAINED_LABELS):
         turn = index // len(COLOURS)
         found[label] = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
             "linestyle": ("-", "--", ":")[turn % 3],
         }
-    found[SCRATCH] = {"color": GREY, "marker": "x", "linestyle": "--"}
-    found[START] = {"color": GREY, "marker": "+", "linestyle": "-."}
+    found[SCRATCH.kind] = {"color": GREY, "marker": "x", "linestyle": "--"}
+    found[INITIAL_WEIGHTS.kind] = {"color": GREY, "marker": "+", "linestyle": "-."}
     return found
 
 
@@ -74,7 +76,7 @@ def styled(draw: _Drawing) -> _Drawing:
         try:
             import matplotlib
         except ImportError:
-            raise UsageError("figures need matplotlib: pip install 'trajshift[report]'") from None
+            raise missing_report_extra("matplotlib") from None
         with matplotlib.rc_context(_STYLE):
             return draw(*arguments, **options)
 
@@ -181,17 +183,17 @@ def save(figure: Figure, name: str, folder: Path) -> str:
     """
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         engine = figure.get_layout_engine()
         if engine is not None:  # once is enough for both files
             engine.execute(figure)
             figure.set_layout_engine("none")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
-    text = buffer.getvalue()
-    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    text = svg.getvalue()
+    replace_file(folder / f"{name}.svg", text)
+    replace_file(folder / f"{name}.png", png.getvalue())
     return text[text.index("<svg") :]
 
 
@@ -246,7 +248,7 @@ def log_axis(axis: Axes, places: Sequence[float]) -> None:
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend below all panels, what was not meta-trained last."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = sorted(handles, key=lambda label: label in UNTRAINED)
+    labels = sorted(handles, key=lambda label: label in UNTRAINED_LABELS)
     columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
     figure.legend(
         [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False

@@ -1,39 +1,20 @@
-"""A small self-contained HTML page: headings, prose, tables, figures. Nothing is fetched from anywhere."""
+"""A self-contained HTML page: headings, prose, tables, figures. Nothing is fetched from anywhere.
+
+What it looks like is in `templates/`: `page.html.j2`, a macro for each kind of part in `blocks.html.j2`, `style.css`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from html import escape
+from collections.abc import Collection
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b1b1b;
-  background: #fff; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.65rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; padding-bottom: .2rem; border-bottom: 1px solid #ccc; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p { margin: .5rem 0; max-width: 48rem; }
-.lead { font-size: 1.06rem; }
-.quiet, figcaption, caption { color: #555; font-size: .87rem; }
-.note { border-left: 3px solid #d55e00; padding: .1rem 0 .1rem .8rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .7rem 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
-caption { text-align: left; caption-side: bottom; padding-top: .35rem; max-width: 48rem; }
-th, td { padding: .28rem .75rem .28rem 0; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { white-space: normal; }
-thead th { border-bottom: 1.5px solid #333; border-top: 1.5px solid #333; font-weight: 600; }
-tbody tr:last-child td { border-bottom: 1.5px solid #333; }
-tbody tr:hover { background: #f5f7fa; }
-figure { margin: 1rem 0; }
-figure svg { max-width: 100%; height: auto; display: block; }
-figcaption { max-width: 48rem; margin-top: .3rem; }
-pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
-code { font-size: .92em; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-@media print { body { margin: 0; max-width: none; font-size: 10.5pt; } figure, table { break-inside: avoid; }
-  tbody tr:hover { background: none; } pre { white-space: pre-wrap; } }
-"""
+from trajshift.utils.imports import missing_report_extra
+from trajshift.utils.table import Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 class Page:
@@ -41,65 +22,70 @@ class Page:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._parts: list[str] = [f"<h1>{escape(title)}</h1>"]
+        self._parts: list[tuple[str, dict[str, Any]]] = []
         self._figures = 0
 
     def heading(self, text: str, level: int = 2) -> None:
         """A section (2) or sub-section (3)."""
-        self._parts.append(f"<h{level}>{escape(text)}</h{level}>")
+        self._add("heading", text=text, level=level)
 
     def paragraph(self, text: str, kind: str = "") -> None:
         """A paragraph; kind `lead`, `quiet` or `note`."""
-        self._parts.append(f"<p{_class(kind)}>{escape(text)}</p>")
+        self._add("paragraph", text=text, kind=kind)
 
-    def table(
-        self,
-        header: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        caption: str = "",
-        text: Collection[int] = (),
-    ) -> None:
+    def table(self, table: Table, text: Collection[int] = ()) -> None:
         """A table; the first column and those numbered in `text` are set as text, the others as numbers."""
-
-        def cells(tag: str, values: Sequence[str]) -> str:
-            return "".join(
-                f"<{tag}{_class('text' if place in text else '')}>{escape(value)}</{tag}>"
-                for place, value in enumerate(values)
-            )
-
-        body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
-        below = f"<caption>{escape(caption)}</caption>" if caption else ""
-        self._parts.append(
-            f'<div class="wide"><table>{below}<thead><tr>{cells("th", header)}</tr></thead>'
-            f"<tbody>\n{body}</tbody></table></div>"
-        )
+        self._add("table", header=table.header, rows=table.rows, caption=table.caption, text=text)
 
     def figure(self, svg: str, caption: str) -> None:
         """A numbered figure from an SVG element."""
         self._figures += 1
-        label = escape(f"Figure {self._figures}. {caption}")
-        element = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
-        self._parts.append(f"<figure>{element}<figcaption>{label}</figcaption></figure>")
+        self._add("figure", number=self._figures, drawing=_trusted(svg.removeprefix("<svg ")), caption=caption)
 
     def code(self, text: str, summary: str) -> None:
         """Preformatted text that unfolds under a line."""
-        self._parts.append(
-            f"<details><summary>{escape(summary)}</summary><pre><code>{escape(text)}</code></pre></details>"
-        )
+        self._add("code", text=text, summary=summary)
 
-    def raw(self, html: str) -> None:
+    def markup(self, html: str) -> None:
         """A trusted piece of HTML, put in as it is."""
-        self._parts.append(html)
+        self._add("markup", html=_trusted(html))
+
+    def _add(self, macro: str, /, **values: Any) -> None:
+        self._parts.append((macro, values))
 
     def html(self) -> str:
         """The whole page."""
-        head = (
-            '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self.title)}</title><style>{_CSS}</style>"
-        )
-        body = "\n".join(self._parts)
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        style = _trusted((files(__package__) / "templates" / "style.css").read_text(encoding="utf-8"))
+        page = _environment().get_template("page.html.j2")
+        return page.render(title=self.title, style=style, parts=self._parts)
 
 
-def _class(kind: str) -> str:
-    return f' class="{kind}"' if kind else ""
+def fill(template: str, *, trusted: Collection[str] = (), **values: Any) -> str:
+    """A piece of HTML from the text of a template; values are escaped, except those named in `trusted`."""
+    given = {name: _trusted(value) if name in trusted else value for name, value in values.items()}
+    return _environment().from_string(template).render(given)
+
+
+def _trusted(html: str) -> Any:
+    """HTML that is not escaped again."""
+    try:
+        from markupsafe import Markup
+    except ImportError as error:
+        raise missing_report_extra("jinja2") from error
+    return Markup(html)
+
+
+@cache
+def _environment() -> Environment:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise missing_report_extra("jinja2") from error
+    made = Environment(
+        loader=PackageLoader("trajshift.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    made.policies["json.dumps_kwargs"] = {}  # keys in their own order
+    return made

@@ -9,6 +9,8 @@ from typing import Any
 from trajshift.recipes.recipe import to_yaml
 from trajshift.report.page import Page
 from trajshift.report.saved_runs import Run, by_label
+from trajshift.utils.progress import duration
+from trajshift.utils.table import Table
 
 
 def cost_section(page: Page, runs: Sequence[Run]) -> None:
@@ -23,16 +25,16 @@ def cost_section(page: Page, runs: Sequence[Run]) -> None:
                 str(len(group)),
                 *(_range([run.choices.get(name) for run in group]) for name in ("meta_lr", "meta_every")),
                 *(_range([run.last.get(name) for run in group]) for name in ("inner_steps", "gradient_evaluations")),
-                _duration(sum(seconds) / len(seconds)) if seconds else "-",
+                duration(sum(seconds) / len(seconds)) if seconds else "-",
             ]
         )
-    page.table(
-        ["method", "runs", "meta lr", "meta every", "inner steps", "gradient evaluations", "wall time per run"],
-        rows,
+    header = ["method", "runs", "meta lr", "meta every", "inner steps", "gradient evaluations", "wall time per run"]
+    caption = (
         "Inner steps are cumulative per task, replays included; gradient evaluations are summed over all tasks "
         "(held-out passes count 1, Hessian-vector products 2). Wall time is the mean of meta-training, without "
-        "fine-tuning.",
+        "fine-tuning."
     )
+    page.table(Table(header, rows, caption))
 
 
 def recipes_section(page: Page, runs: Sequence[Run]) -> None:
@@ -59,7 +61,7 @@ def environment_section(page: Page, runs: Sequence[Run]) -> None:
     for text, names in texts.items():
         rows = [[key.replace("_", " "), _flat(value)] for key, value in json.loads(text).items() if value is not None]
         which = names[0] if len(names) == 1 else "all runs" if len(names) == len(runs) else ", ".join(names)
-        page.table(["", which], rows, text=(1,))
+        page.table(Table(["", which], rows), text=(1,))
 
 
 def explanation_section(page: Page) -> None:
@@ -81,14 +83,6 @@ def _range(values: Sequence[Any]) -> str:
         return "-"
     low, high = (f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in (min(known), max(known)))
     return low if low == high else f"{low} to {high}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _flat(value: Any) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trajshift.errors import UsageError
-from trajshift.evaluation.comparison import Row
 from trajshift.recipes.recipe import Recipe, load
-from trajshift.runs.evaluation_rows import distinct, labels_of
+from trajshift.runs.evaluation_rows import distinct
+from trajshift.runs.labels import labels_of
 from trajshift.utils.files import read_jsonl
 
 
@@ -22,14 +22,15 @@ class Run:
     path: Path
     label: str
     recipe: Recipe
-    metrics: list[Row]
-    timing: list[Row]
+    metrics: list[dict[str, Any]]
+    """metrics.jsonl, a row for each step that was logged."""
+    timing: list[dict[str, Any]]
     environment: dict[str, Any]
     choices: dict[str, Any]
     """What the recipe left open and the trainer resolved."""
 
     @property
-    def last(self) -> Row:
+    def last(self) -> dict[str, Any]:
         """The last row of metrics; empty for a run that logged nothing."""
         return self.metrics[-1] if self.metrics else {}
 

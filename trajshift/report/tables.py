@@ -12,17 +12,11 @@ from trajshift.evaluation.comparison import AVERAGE, Curve, Summary
 from trajshift.evaluation.statistics import Estimate
 from trajshift.evaluation.steps_to_match import StepsToMatchTable
 from trajshift.report.figures import Series, aligned
+from trajshift.utils.files import replace_file
+from trajshift.utils.table import Table
 
 Show = Callable[[Estimate | None], str]
 """Mean and interval as text."""
-
-
-def write_markdown(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    """A table under its caption."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{caption}\n\n{text}\n", encoding="utf-8")
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -31,8 +25,7 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(out.getvalue(), encoding="utf-8")
+    replace_file(file, out.getvalue())
 
 
 def summary_csv(file: Path, summary: Summary) -> None:
@@ -75,7 +68,8 @@ def curves_markdown(file: Path, panels: Mapping[str, Sequence[Curve]], show: Sho
         for curve in found:
             at = dict(zip(curve.x, curve.y, strict=True))
             rows.append([target, curve.label, *(show(at.get(place)) for place in places)])
-    write_markdown(file, ["target", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
+    table = Table(["target", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
+    replace_file(file, table.markdown())
 
 
 def training_csv(file: Path, panels: Mapping[str, Mapping[str, Sequence[Series]]], quantity: str) -> None:
@@ -98,7 +92,8 @@ def training_markdown(file: Path, panels: Mapping[str, Mapping[str, Sequence[Ser
             lines[task, label] = dict(zip(x.tolist(), values.mean(0).tolist(), strict=True))
     places = sorted({place for line in lines.values() for place in line})
     rows = [[*names, *(f"{line[x]:.4f}" if x in line else "-" for x in places)] for names, line in lines.items()]
-    write_markdown(file, ["task", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
+    table = Table(["task", "method", *(f"{place:,.0f}" for place in places)], rows, caption)
+    replace_file(file, table.markdown())
 
 
 def steps_to_match_csv(file: Path, table: StepsToMatchTable) -> None:

@@ -1,4 +1,4 @@
-"""The comparison of methods on the terminal; torch-free."""
+"""The comparison of methods on the terminal."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trajshift.evaluation.comparison import FINAL, Row
+from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 from trajshift.report import figures, result_sections
 from trajshift.report.page import Page
 from trajshift.report.run_sections import cost_section, environment_section, explanation_section, recipes_section
 from trajshift.report.saved_runs import Run, load_runs, task_names
 from trajshift.report.training_sections import training_section
 from trajshift.runs.evaluation_rows import collect
+from trajshift.utils.files import replace_file
+from trajshift.utils.imports import need_report_extra
 
 
 def write_report(
@@ -35,8 +37,9 @@ def write_report(
     same page, byte for byte.
 
     Raises:
-        UsageError: no run given, or a path that is no run directory.
+        UsageError: no run given, a path that is no run directory, or the report extra is not installed.
     """
+    need_report_extra()
     runs = load_runs([Path(path) for path in paths])
     rows, left_out = collect([run.path for run in runs], train_images=train_images, as_asked=as_asked)
     target = _page_path(runs, out)
@@ -57,14 +60,13 @@ def write_report(
     recipes_section(page, runs)
     environment_section(page, runs)
     explanation_section(page)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.html(), encoding="utf-8")
+    replace_file(target, page.html())
     return target
 
 
-def _unfinished(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+def _unfinished(runs: Sequence[Run], rows: Sequence[EvaluationRow]) -> list[str]:
     """A sentence for each run that does not count; figures show it as far as it is."""
-    evaluated = {(row["label"], row["seed"]) for row in rows if row["checkpoint"] == FINAL}
+    evaluated = {(row.label, row.seed) for row in rows if row.start == FINAL}
     found = []
     for run in runs:
         done, total = run.last.get("step", 0), run.recipe.total_steps

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load, to_yaml
 from trajshift.runs.resume import check_boundary, resumed_recipe
-from trajshift.utils.files import read_jsonl, replace_file
+from trajshift.utils.files import read_jsonl, replace_file, write_json
 
 
 def run_name(recipe: Recipe, source: str) -> str:
@@ -134,8 +134,8 @@ class RunDirectory:
         except (OSError, ValueError):
             earlier = []
         details = {**details, "earlier_starts": earlier} if earlier else details
-        replace_file(path, json.dumps(details, indent=1) + "\n")
-        replace_file(self.path / "choices.json", json.dumps(choices, indent=1) + "\n")
+        write_json(path, details)
+        write_json(self.path / "choices.json", choices)
 
     # rows ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """Fine-tune targets from what runs learned, and keep one row for each in `runs/NAME/evaluation.jsonl`.
 
-A row that is already there is not computed again, so an evaluation that was cut short goes on where it
-stopped. Reading rows needs no torch; `comparison` says what is in one and makes tables of them.
+A row that is already there is not computed again, so an evaluation that was cut short resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -13,21 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajshift.errors import UsageError, nearest
-from trajshift.evaluation.comparison import FINAL, SCRATCH, START, UNTRAINED, Row
 from trajshift.evaluation.evaluate import ProgressCallback, finetuned_row
+from trajshift.evaluation.evaluation_row import EvaluationRow
 from trajshift.recipes.recipe import Recipe, load
-from trajshift.runs.directory import RunDirectory
-from trajshift.runs.evaluation_rows import (
-    FILE,
-    distinct,
-    identity_of,
-    labelled,
-    labels_of,
-    read_evaluation,
-    setting_of,
-)
-from trajshift.runs.starting_points import checkpoints_of, digest_of, load_phi, manifest_of
-from trajshift.utils.files import append_row, read_jsonl
+from trajshift.runs.evaluation_rows import append_evaluation, distinct, labelled, read_evaluation, setting_of
+from trajshift.runs.labels import labels_of
+from trajshift.runs.starting_points import SavedStart, load_phi, starts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +36,7 @@ def evaluate_runs(
     scratch: bool = False,
     overrides: Sequence[str] = (),
     progress: ProgressCallback | None = None,
-) -> list[Row]:
+) -> list[EvaluationRow]:
     """Fine-tunes the targets of each run's recipe from what the run learned; rows that exist are only read.
 
     Args:
@@ -73,21 +63,21 @@ def evaluate_runs(
     for path, recipe in recipes.items():
         jobs += _jobs(path, recipe, targets, train_images, checkpoints=checkpoints, scratch=scratch)
     jobs = _without_repeats(jobs)
-    known = {path: _valid_rows(path) for path in paths}
+    known = {path: {row.identity: row for row in read_evaluation(path)} for path in paths}
     found = {index: row for index, job in enumerate(jobs) if (row := _existing(job, known)) is not None}
     missing = [index for index in range(len(jobs)) if index not in found]
     builder = _Builder()
     for done, index in enumerate(missing):
         job = jobs[index]
         if progress is not None:
-            progress(done, len(missing), f"{job.base['label']} seed {job.base['seed']} on {job.target}")
+            progress(done, len(missing), f"{job.row.label} seed {job.row.seed} on {job.row.target}")
         found[index] = builder.compute(job)
-        append_row(job.path / FILE, found[index])
+        append_evaluation(job.path, found[index])
     labels = labels_of(recipes)
     return [labelled(found[index], job.path, labels) for index, job in enumerate(jobs)]
 
 
-# -- what is to be done ----------------------------------------------------------------------------------------
+# -- what is to be done, and what is there ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +86,8 @@ class _Job:
 
     path: Path
     recipe: Recipe
-    target: str
-    train_images: int | None
-    source: Path | None
-    """The initialization file or checkpoint folder; None for scratch."""
-    base: Row
+    start: SavedStart
+    row: EvaluationRow
     """The row without results."""
 
 
@@ -116,64 +103,35 @@ def _jobs(
     names = list(getattr(recipe, section))
     if not names:
         raise UsageError(f"the recipe of {path} has no tasks under {section}; add one there or in an override")
-    points: list[tuple[str | int, Path | None]] = [_untrained(recipe)] if scratch else []
-    final = RunDirectory(path).initialization
-    if final.is_file():
-        points.append((FINAL, final))
-    elif not checkpoints:
-        raise UsageError(
-            f"{path} is not finished: it has no {final.name}; continue it with --resume or evaluate its checkpoints"
-        )
-    points += list(checkpoints_of(path)) if checkpoints else []
+    settings = {name: setting_of(recipe, section, name) for name in names}
     sizes = train_images if train_images is not None else [recipe.finetune.train_images]
     jobs = []
-    for checkpoint, source in points:
-        method = str(checkpoint) if checkpoint in UNTRAINED else recipe.method
-        common: Row = {
-            "checkpoint": checkpoint,
-            "inner_steps": 0 if source is None or checkpoint == START else _inner_steps(path, recipe, source),
-            "method": method,
-            "label": method,
-            "seed": recipe.seed,
-            "section": section,
-            "phi": digest_of(source),
-        }
+    for start in starts_of(path, recipe, checkpoints=checkpoints, scratch=scratch):
+        method = recipe.method if start.point.is_meta_trained else start.point.kind
+        inner_steps, phi = start.inner_steps(path, recipe), start.digest()
         for name in names:
-            setting = {"setting": setting_of(recipe, section, name)}
             for size in sizes:
-                base = common | setting | {"target": name, "train_images": size, "steps": recipe.finetune.steps}
-                jobs.append(_Job(path=path, recipe=recipe, target=name, train_images=size, source=source, base=base))
+                row = EvaluationRow(
+                    start=start.point,
+                    inner_steps=inner_steps,
+                    method=method,
+                    label=method,
+                    seed=recipe.seed,
+                    section=section,
+                    phi=phi,
+                    setting=settings[name],
+                    target=name,
+                    train_images=size,
+                    steps=recipe.finetune.steps,
+                )
+                jobs.append(_Job(path=path, recipe=recipe, start=start, row=row))
     return jobs
 
 
-def _untrained(recipe: Recipe) -> tuple[str, Path | None]:
-    """Where fine-tuning starts without meta-training."""
-    if recipe.initialization is None:
-        return SCRATCH, None
-    from trajshift.learners.pretrained import locate
-
-    return START, locate(recipe.initialization)
-
-
-def _inner_steps(path: Path, recipe: Recipe, source: Path) -> int:
-    """Cumulative inner steps per task, replays counted, behind a starting point."""
-    if source.is_dir():
-        return int(manifest_of(source)["numbers"]["inner_steps"])
-    rows = read_jsonl(path / "metrics.jsonl")
-    return int(rows[-1]["inner_steps"]) if rows else recipe.total_steps
-
-
-# -- what is there ---------------------------------------------------------------------------------------------
-
-
-def _valid_rows(path: Path) -> dict[tuple[Any, ...], Row]:
-    return {identity_of(row): row for row in read_evaluation(path)}
-
-
-def _existing(job: _Job, known: Mapping[Path, Mapping[tuple[Any, ...], Row]]) -> Row | None:
+def _existing(job: _Job, known: Mapping[Path, Mapping[tuple[Any, ...], EvaluationRow]]) -> EvaluationRow | None:
     """The row of this job if it was computed before; rows without meta-training may lie with any run."""
-    places = known if job.base["checkpoint"] in UNTRAINED else [job.path]
-    rows = (known[path].get(identity_of(job.base)) for path in places)
+    places = [job.path] if job.row.start.is_meta_trained else known
+    rows = (known[path].get(job.row.identity) for path in places)
     return next((row for row in rows if row is not None), None)
 
 
@@ -181,7 +139,7 @@ def _without_repeats(jobs: Sequence[_Job]) -> list[_Job]:
     """What is not meta-trained does not depend on the run: once per seed, target, size and setting is enough."""
     kept: dict[tuple[Any, ...], _Job] = {}
     for job in jobs:
-        kept.setdefault((None if job.base["checkpoint"] in UNTRAINED else job.path, *identity_of(job.base)), job)
+        kept.setdefault((job.path if job.row.start.is_meta_trained else None, *job.row.identity), job)
     return list(kept.values())
 
 
@@ -196,21 +154,22 @@ class _Builder:
         self._source: Path | None = None
         self._phi: Mapping[str, Tensor] | None = None
 
-    def compute(self, job: _Job) -> Row:
+    def compute(self, job: _Job) -> EvaluationRow:
         """The finished row."""
         from trajshift.recipes.build_trainer import finetune_options
 
         options = finetune_options(job.recipe)
         del options["seed"]  # the row says which
-        if job.source != self._source:
-            self._source, self._phi = job.source, None if job.source is None else load_phi(job.source)
-        return finetuned_row(job.base, self._phi, self._task(job), job.train_images, options)
+        source = job.start.source
+        if source != self._source:
+            self._source, self._phi = source, None if source is None else load_phi(source)
+        return finetuned_row(job.row, self._phi, self._task(job), job.row.train_images, options)
 
     def _task(self, job: _Job) -> Task:
         from trajshift.recipes.build_tasks import build_tasks, resolved
 
-        fields = resolved(getattr(job.recipe, job.base["section"])[job.target], job.recipe.data)
-        name = json.dumps([job.target, asdict(fields), job.recipe.data.root], sort_keys=True)
+        fields = resolved(getattr(job.recipe, job.row.section)[job.row.target], job.recipe.data)
+        name = json.dumps([job.row.target, asdict(fields), job.recipe.data.root], sort_keys=True)
         if name not in self._tasks:
-            self._tasks[name] = build_tasks(job.recipe, [job.target])[job.target]
+            self._tasks[name] = build_tasks(job.recipe, [job.row.target])[job.row.target]
         return self._tasks[name]

@@ -1,7 +1,7 @@
-"""Many runs on one machine: a few worker processes, each with its share of the cores. This side is torch-free.
+"""Many runs on one machine: a few worker processes, each with its share of the cores.
 
-A job is one run: meta-train (or go on with) its directory, then fine-tune the tasks of one section. Jobs leave
-everything in their run directories, so a pool that was stopped goes on where it was.
+A job is one run: meta-train its directory (or resume there), then fine-tune the tasks of one section. Jobs leave
+everything in their run directories, so a pool that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -16,61 +16,21 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.recipes.recipe import Recipe
+from trajshift.errors import UsageError
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import FILE
+from trajshift.runs.job import Answer, Job
 from trajshift.runs.resume import with_threads
 from trajshift.utils.processes import cores, stop_on_signal
 from trajshift.utils.progress import Progress
 
 LOOK_EVERY = 1.0
 """Seconds between looks at how far the runs are."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One run and what to fine-tune from it."""
-
-    path: Path
-    """The run directory."""
-    recipe: Recipe
-    section: str | None = None
-    """`targets` or `tuning`: fine-tuned after training; None for neither."""
-    scratch: bool = False
-    """Also fine-tune without meta-training, with the run's seed."""
-    checkpoints: bool = False
-    """Also fine-tune from every checkpoint kept."""
-    train_images: tuple[int, ...] | None = None
-    """Numbers of training images per task; None takes the recipe's."""
-
-    def tuned_tasks(self) -> dict[str, TaskRecipe]:
-        """The tasks to fine-tune, by name."""
-        return {} if self.section is None else dict(getattr(self.recipe, self.section))
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of training and of all fine-tunings."""
-        return self.recipe.total_steps + self.tuning_steps
-
-    @property
-    def tuning_steps(self) -> int:
-        """Steps of all fine-tunings."""
-        starts, output = 1 + self.scratch, self.recipe.output
-        if self.checkpoints and output.checkpoint_every:
-            saved = -(-self.recipe.total_steps // output.checkpoint_every)
-            starts += saved if output.keep is None else min(saved, output.keep)
-        sizes = 1 if self.train_images is None else len(self.train_images)
-        return starts * sizes * len(self.tuned_tasks()) * self.recipe.finetune.steps
-
-    def line(self) -> str:
-        """The job as one line for a worker."""
-        return json.dumps({**asdict(self), "path": str(self.path)}) + "\n"
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, UsageError]:
@@ -220,7 +180,7 @@ class _Worker(threading.Thread):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(job.line())
+            process.stdin.write(job.to_line())
             process.stdin.flush()
             answer = process.stdout.readline()
         except OSError:
@@ -232,12 +192,9 @@ class _Worker(threading.Thread):
             with suppress(OSError):
                 process.stdin.close()
             if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-                return UsageError("its process was told to stop; give the same command again to go on")
+                return UsageError("its process was told to stop; rerun the same command to resume")
             return UsageError(f"its process ended with status {status}; see {self._log.name}")
-        said = json.loads(answer)
-        if said["failure"] is None:
-            return None
-        return (NonFiniteLoss if said["diverged"] else UsageError)(said["failure"])
+        return Answer(**json.loads(answer)).error()
 
     def _start(self) -> subprocess.Popen[str]:
         here = str(Path(__file__).parents[2])

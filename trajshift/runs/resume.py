@@ -1,4 +1,4 @@
-"""What may change when a run is resumed; torch-free."""
+"""What may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, differences, flatten
 from trajshift.recipes.short_names import in_short_names
+from trajshift.utils.dotted_names import is_within
 
 MAY_CHANGE = ("rounds", "output", "data.root")
 """Fields that a resumed run may change at any step: they do not alter a number that was already computed."""
@@ -17,19 +18,15 @@ MAY_CHANGE_BETWEEN_ROUNDS = ("tasks", "train_on")
 NOT_TRAINED = ("tuning", "targets")
 
 
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def fingerprint(recipe: Recipe) -> str:
     """A hash of the fields that must not change on resume, to know a checkpoint of another recipe."""
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED, "threads")
-    fixed = {key: value for key, value in in_short_names(flatten(recipe)).items() if not _within(key, free)}
+    fixed = {key: value for key, value in in_short_names(flatten(recipe)).items() if not is_within(key, free)}
     return blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
-    """The recipe a resumed run goes on with; what `new` leaves open (name, threads) stays as it was.
+    """The recipe a resumed run continues with; what `new` leaves open (name, threads) stays as it was.
 
     Raises:
         UsageError: a field differs that must not, by its name.
@@ -37,7 +34,7 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
     new = with_absolute_paths(with_threads(new, new.execution.threads or old.execution.threads))
     new.output = replace(new.output, name=new.output.name or old.output.name)
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED)
-    refused = [key for key in differences(old, new) if not _within(key, free)]
+    refused = [key for key in differences(old, new) if not is_within(key, free)]
     if refused:
         before, after = flatten(old), flatten(new)
         key = refused[0]
@@ -65,7 +62,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
     """Refuse changed source tasks unless `step` lies between two rounds."""
-    changed = [key for key in differences(old, new) if _within(key, MAY_CHANGE_BETWEEN_ROUNDS)]
+    changed = [key for key in differences(old, new) if is_within(key, MAY_CHANGE_BETWEEN_ROUNDS)]
     if changed and step % new.horizon:
         raise UsageError(
             f"{changed[0]} may change only between rounds, but the newest checkpoint is at step {step} "

@@ -7,17 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trajshift.algorithm.methods import METHODS
 from trajshift.errors import NonFiniteLoss, UsageError
+from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 from trajshift.recipes.recipe import Recipe, find, load, split_override
 from trajshift.recipes.yaml_text import parse_value
 from trajshift.runs.directory import run_name
 from trajshift.runs.evaluation_rows import collect
-from trajshift.runs.pool import Job, run_jobs
+from trajshift.runs.job import Job
+from trajshift.runs.pool import run_jobs
 from trajshift.settings import at_least
-from trajshift.utils.files import disk_errors, replace_file
+from trajshift.utils.files import disk_errors, write_json
 from trajshift.utils.processes import cores
 from trajshift.utils.terminal import console, print_table
 
@@ -136,7 +137,7 @@ def _sweep(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path, jobs: i
         "choice": {method: dict(result.point) for method, result in choices.items()},
         "edges": {method: edges(result, results) for method, result in choices.items()},
     }
-    replace_file(folder / "sweep.json", json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "sweep.json", summary)
     console().print(f"written to {folder / 'sweep.json'}")
     if not choices:
         raise UsageError(f"all runs of the sweep failed; the first: {results[0].failure}")
@@ -218,7 +219,7 @@ def collect_results(work: Mapping[Point, Job], failures: Mapping[Path, UsageErro
         for job, _ in members if not failure else []:
             rows, _ = collect([job.path], "tuning", as_asked=True)
             value, failure = _mean(job.recipe, rows)
-            steps = max([steps, *(row["inner_steps"] for row in rows)])
+            steps = max([steps, *(row.inner_steps for row in rows)])
             if failure:
                 break
             values.append(value)
@@ -227,20 +228,17 @@ def collect_results(work: Mapping[Point, Job], failures: Mapping[Path, UsageErro
     return results
 
 
-def _mean(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+def _mean(recipe: Recipe, rows: Sequence[EvaluationRow]) -> tuple[float, str]:
     """The mean test metric over a run's tuning tasks, higher is better; or why there is none."""
     size, steps = recipe.finetune.train_images, recipe.finetune.steps
-    final = [
-        row
-        for row in rows
-        if row["checkpoint"] == "initialization" and (row["train_images"], row["steps"]) == (size, steps)
-    ]
+    final = [row for row in rows if row.start == FINAL and (row.train_images, row.steps) == (size, steps)]
     values = []
     for name in recipe.tuning:
-        row = next((row for row in final if row["target"] == name), None)
-        if row is None or "error" in row:
-            return 0.0, row["error"] if row else f"{name} was not fine-tuned"
-        values.append(row["accuracy"] if "accuracy" in row else -row.get("mse", row["loss"]))
+        row = next((row for row in final if row.target == name), None)
+        if row is None or row.error is not None:
+            return 0.0, f"{name} was not fine-tuned" if row is None else str(row.error)
+        found = row.metrics
+        values.append(found["accuracy"] if "accuracy" in found else -found.get("mse", found["loss"]))
     return sum(values) / len(values), ""
 
 

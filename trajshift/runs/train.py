@@ -5,6 +5,7 @@ The numbers come from `trainer.MetaTrainer`; here is only when to log, when to s
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -20,17 +21,19 @@ import torch
 from trajshift.data.loader import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.recipes.build_trainer import build_trainer, describe_start, unshared
+from trajshift.kernels.switch import available, fused_kernels
+from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths, with_threads
-from trajshift.runs.starting_points import manifest_of
 from trajshift.training import checkpoint
+from trajshift.training.checkpoint_files import manifest_of
 from trajshift.training.trainer import Event
 from trajshift.utils.environment import environment
 from trajshift.utils.files import disk_errors
 from trajshift.utils.progress import Progress
 
+FUSED, EAGER = "fused", "eager"
 POLL_EVERY = 5
 """Inner steps between the ranks' agreements on whether someone was told to stop."""
 
@@ -48,7 +51,7 @@ class Outcome:
 
 
 def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
-    """Meta-train a recipe in the run directory `path`, or go on with what is there.
+    """Meta-train a recipe in the run directory `path`, or resume what is there.
 
     On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
 
@@ -64,6 +67,19 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
             return _Run(recipe, directory, world, resume=resume, quiet=quiet).go()
         finally:
             directory.unlock()
+
+
+def kernels_of(path: Path, device: torch.device, *, resumed: bool) -> str:
+    """`fused` or `eager`, chosen when a run starts and kept in its choices.json, as the two differ in the last bits.
+
+    A run of a version that had no fused kernels resumes without them.
+    """
+    if not resumed:
+        return FUSED if available(device) else EAGER
+    try:
+        return str(json.loads((path / "choices.json").read_text(encoding="utf-8")).get("kernels", EAGER))
+    except (OSError, ValueError):
+        return EAGER
 
 
 class _Run:
@@ -86,6 +102,7 @@ class _Run:
         self._lock()
         self.recipe = with_threads(recipe, set_threads(world, recipe.execution.threads))
         self.trainer = build_trainer(self.recipe)
+        self.kernels = kernels_of(directory.path, self.trainer.device, resumed=self.old is not None)
         self.fingerprint = fingerprint(self.recipe)
         self.seconds = 0.0
         self.board: Any = None
@@ -95,7 +112,8 @@ class _Run:
         self._resume()
         if self.first:
             self.directory.write_recipe(self.recipe)
-            self.directory.write_environment(self._environment(), self.trainer.describe())
+            choices = {**self.trainer.describe(), "kernels": self.kernels}
+            self.directory.write_environment(self._environment(), choices)
             self.seconds = self.directory.seconds()
             self.board = self._tensorboard()
         title = f"{self.directory.path.name} ({self.trainer.method.name})"
@@ -105,7 +123,8 @@ class _Run:
             Progress(title, self.trainer.total_steps, start=self.trainer.step, enabled=show) as progress,
         ):
             self._announce(progress)
-            stopped = self._loop(signals, progress)
+            with fused_kernels(self.kernels == FUSED):
+                stopped = self._loop(signals, progress)
         if self.board is not None:
             self.board.close()
         complete = self.trainer.step >= self.trainer.total_steps
@@ -175,7 +194,7 @@ class _Run:
         progress.note(f"{self.directory.path.name} {where}: {text}")
         if self.trainer.step == 0 and (start := describe_start(self.recipe, self.trainer)):
             progress.note(start)
-        if own := unshared(self.trainer):
+        if own := self.trainer.meta_step.active.blueprint.unshared:
             progress.note(f"not shared, because not every task has them with one shape: {', '.join(own)}")
 
     # training -----------------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.recipes.recipe import validate
 from trajshift.runs.directory import RunDirectory
+from trajshift.runs.job import Answer, Job
 from trajshift.utils.files import disk_errors
 
 
@@ -29,17 +29,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
     for line in sys.stdin:
-        failure: str | None = None
-        diverged = False
+        answer = Answer()
         try:
-            if not do(json.loads(line)):
+            if not do(Job.from_line(line)):
                 sys.exit(128 + signal.SIGTERM)
         except UsageError as error:
-            failure, diverged = str(error), isinstance(error, NonFiniteLoss)
+            answer = Answer(str(error), isinstance(error, NonFiniteLoss))
         except Exception as error:
             traceback.print_exc()
-            failure = f"{type(error).__name__}: {error}"
-        answers.write(json.dumps({"failure": failure, "diverged": diverged}) + "\n")
+            answer = Answer(f"{type(error).__name__}: {error}")
+        answers.write(json.dumps(asdict(answer)) + "\n")
 
 
 def _leave_with(parent: int) -> None:
@@ -53,27 +52,26 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def do(job: dict[str, Any]) -> bool:
+def do(job: Job) -> bool:
     """Train and fine-tune one run; returns False where a signal stopped it."""
     from trajshift.distributed import World, set_threads
     from trajshift.runs.evaluate_runs import evaluate_runs
     from trajshift.runs.train import train
 
-    recipe = validate(job["recipe"])
-    run = RunDirectory(job["path"])
+    recipe, run = job.recipe, RunDirectory(job.path)
     if run.is_complete(recipe):
         run.adopt(recipe)
     elif not train(recipe, run.path, resume=True, quiet=True).complete:
         return False
-    if job["section"] is not None:
+    if job.section is not None:
         set_threads(World(), recipe.execution.threads)  # a run that was complete has not set its own
         with disk_errors(run.path):
             evaluate_runs(
                 [run.path],
-                targets=job["section"],
-                train_images=job["train_images"],
-                checkpoints=job["checkpoints"],
-                scratch=job["scratch"],
+                targets=job.section,
+                train_images=job.train_images,
+                checkpoints=job.checkpoints,
+                scratch=job.scratch,
             )
     return True
 

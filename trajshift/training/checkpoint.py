@@ -23,18 +23,14 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.training.approximation_error import joined
+from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders
 from trajshift.training.step import MetaStep
-
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"\d{9}")
+from trajshift.utils.files import write_to_disk
 
 
 def _write(path: Path, content: bytes) -> str:
     """Writes a file down to the disk; returns its SHA-256."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_to_disk(path, content)
     return sha256(content).hexdigest()
 
 
@@ -126,7 +122,7 @@ def save(directory: Path, run: MetaStep, extra: dict[str, Any] | None = None) ->
     tasks: dict[str, Any] = {}
     try:
         if world.rank == 0 and not failure:
-            files["shared.safetensors"] = _write(temporary / "shared.safetensors", _pack(shared))
+            files[SHARED] = _write(temporary / SHARED, _pack(shared))
         for index, name in enumerate(active.tasks):
             if active.home[name] == world.rank and not failure:
                 file = _file_name(index, name)
@@ -186,9 +182,7 @@ def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> str:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints under `directory`, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    return list(checkpoint_folders(directory))
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -286,7 +280,7 @@ def load(path: Path, run: MetaStep) -> dict[str, Any]:
 
 
 def _load_shared(path: Path, run: MetaStep, numbers: dict[str, Any]) -> None:
-    shared = parse((path / "shared.safetensors").read_bytes())
+    shared = parse((path / SHARED).read_bytes())
     views = run.layout.views(run.phi)
     unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
     if unknown:

@@ -124,6 +124,7 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
         raise UsageError(f"the initialization does not fit the model ({found}); use the model it was learned with")
     for name, view in views.items():
         view.copy_(initialization[name])
+    blueprint.left = tuple(name for name in initialization if name not in views)
 
 
 def choose_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:

@@ -299,9 +299,11 @@ class MetaStep:
 
     def shift_optimizer_state(self, delta: Tensor) -> None:
         """Moves the inner optimizers' state that lives in parameter space (averages, anchors) by delta `[P]`."""
-        views = self.layout.views(delta)
-        for learner in self.learners:
-            learner.shift_state(views)
+        followers = [learner for learner in self.learners if learner.has_state_to_shift]
+        if followers:
+            views = self.layout.views(delta)
+            for learner in followers:
+                learner.shift_state(views)
 
     def shift_momentum(self, row: int, delta: Tensor) -> bool:
         """Adds delta `[P]` to the momentum of one learner's inner optimizer; False where it keeps none."""

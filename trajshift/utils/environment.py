@@ -1,4 +1,4 @@
-"""What a number was made on: versions, hardware and commit; torch-free."""
+"""What a number was made on: versions, hardware and commit."""
 
 from __future__ import annotations
 

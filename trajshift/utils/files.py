@@ -1,4 +1,4 @@
-"""Files: atomic writes, rows of JSON, what a full disk says; torch-free."""
+"""Files: atomic writes, rows of JSON, what a full disk says."""
 
 from __future__ import annotations
 
@@ -48,38 +48,49 @@ def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> 
         fields: what every row must have: field -> type, or a tuple of types.
 
     Raises:
-        UsageError: the file is damaged; says where, and how to go on.
+        UsageError: the file is damaged; says where, and what to do.
     """
     try:
         rows = read_rows(file)
     except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); mend or delete the line") from None
+        raise UsageError(f"{file} is damaged ({error}); fix or delete the line") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UsageError(f"{file} is damaged (line {number} is no mapping); mend or delete the line")
+            raise UsageError(f"{file} is damaged (line {number} is not a mapping); fix or delete the line")
         for name, kind in fields.items():
             if not isinstance(row.get(name), kind):
                 raise UsageError(
-                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); mend or delete the line"
+                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); fix or delete the line"
                 )
     return rows
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old or the new one, never half."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, and the folder for it, so that a crash leaves the old or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_to_disk(beside, content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`replace_file` with a JSON value, one line for each entry."""
+    replace_file(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_to_disk(path: Path, content: bytes | memoryview) -> None:
+    """Write a file and wait until it is on the disk; a crash meanwhile leaves a part of it."""
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 @contextmanager
 def disk_errors(path: Path, *, option: str = "output.directory", again: str | None = None) -> Iterator[None]:
-    """Say in one sentence that a disk is full or refuses to be written, whichever library found out.
+    """Say in one sentence that a disk is full or cannot be written to, whichever library found out.
 
-    `option` names what chooses the folder, `again` the command that goes on; by default those of `trajshift train`.
+    `option` names what chooses the folder, `again` the command that resumes; by default those of `trajshift train`.
     """
     try:
         yield

@@ -45,8 +45,13 @@ def need_report_extra() -> None:
     """Refuse early what could not be finished without the report extra.
 
     Raises:
-        UsageError: scipy or matplotlib is missing.
+        UsageError: one of its packages is missing.
     """
-    for package in ("scipy", "matplotlib"):
+    for package in ("scipy", "matplotlib", "jinja2"):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"intervals and figures need {package}: pip install 'trajshift[report]'")
+            raise missing_report_extra(package)
+
+
+def missing_report_extra(package: str) -> UsageError:
+    """What a reader without the report extra is told."""
+    return UsageError(f"intervals, figures and pages need {package}: pip install 'trajshift[report]'")

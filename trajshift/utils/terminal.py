@@ -1,4 +1,4 @@
-"""Tables on the terminal; torch-free."""
+"""Tables on the terminal."""
 
 from __future__ import annotations
 

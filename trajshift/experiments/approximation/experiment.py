@@ -21,7 +21,7 @@ from trajshift.experiments.approximation.measurement_plan import (
 from trajshift.experiments.saved_rows import saved_rows
 from trajshift.recipes.recipe import Recipe, validate
 from trajshift.utils.environment import environment
-from trajshift.utils.files import append_row, disk_errors, replace_file
+from trajshift.utils.files import append_row, disk_errors, write_json
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.processes import Jobs, cores, run_in_processes
 from trajshift.utils.progress import Progress
@@ -64,7 +64,7 @@ def _claim(out: Path, recipe: Recipe, plan: MeasurementPlan, *, begun: bool) -> 
     said = json.loads(json.dumps({"plan": asdict(plan), "recipe": used_fields(recipe)}))
     if begun and _settings(out / SETTINGS) != said:
         raise UsageError(f"{out} holds an experiment with other settings; name another folder with --out")
-    replace_file(out / SETTINGS, json.dumps(said, indent=1) + "\n")
+    write_json(out / SETTINGS, said)
 
 
 def _settings(file: Path) -> Any:

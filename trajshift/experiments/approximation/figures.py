@@ -1,4 +1,4 @@
-"""The figures of the approximation error, drawn from `summary`; torch-free."""
+"""The figures of the approximation error, drawn from `summary`."""
 
 from __future__ import annotations
 

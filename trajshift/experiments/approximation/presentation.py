@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trajshift.evaluation.statistics import Estimate, show
+from trajshift.evaluation.statistics import LEVEL, Estimate, show
 from trajshift.experiments.approximation.figures import error_figure, order_figure, shift_figure
 from trajshift.experiments.approximation.measurement_plan import (
     DISPLACEMENT,
@@ -32,12 +31,12 @@ from trajshift.experiments.approximation.summary import (
     measured,
     slopes,
 )
-from trajshift.experiments.tables import LEVEL, Table
 from trajshift.recipes.recipe import Recipe
 from trajshift.report.figures import save
 from trajshift.report.page import Page
 from trajshift.utils.environment import environment
-from trajshift.utils.files import replace_file
+from trajshift.utils.files import replace_file, write_json
+from trajshift.utils.table import Table
 
 if TYPE_CHECKING:
     from trajshift.experiments.approximation.quadratic import Check
@@ -69,7 +68,7 @@ def write_results(out: Path, units: Units, plan: MeasurementPlan, recipe: Recipe
         "shifts": [asdict(one) for one in compared],
         "quadratics": {f"momentum {one.momentum:g}": one.deviation for one in checks},
     }
-    replace_file(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     page = out / "index.html"
     replace_file(page, _page(about, findings, tables, figures).html())
     return page
@@ -300,14 +299,13 @@ def _page(about: str, findings: Sequence[str], tables: dict[str, Table], figures
     page.figure(
         figures["orders"], "Plain SGD against the predicted powers of k, and quadratics against their closed form."
     )
-    orders, shifts = tables["slopes"], tables["shifts"]
-    page.table(orders.header, orders.rows, orders.caption, text=(1, 2))
+    page.table(tables["slopes"], text=(1, 2))
     page.heading("Is there a better shift than the identity?")
     page.paragraph(_ESTIMATES)
     page.figure(
         figures["shifts"], "Error of each estimate over that of the identity shift, along the same shifts of phi."
     )
-    page.table(shifts.header, shifts.rows, shifts.caption, text=(1,))
+    page.table(tables["shifts"], text=(1,))
     page.heading("Findings of this run")
     for finding in findings:
         page.paragraph(finding)

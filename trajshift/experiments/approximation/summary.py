@@ -1,4 +1,4 @@
-"""From the saved units to numbers with intervals: errors, slopes against equation 5, shifts compared; torch-free.
+"""From the saved units to numbers with intervals: errors, slopes against equation 5, shifts compared.
 
 The unit of every statistic is the draw; tasks are averaged within it. Arrays: `[draws, ks]`.
 """

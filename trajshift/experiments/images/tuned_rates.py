@@ -1,4 +1,4 @@
-"""The rates that sweeps chose, for the runs of an experiment; torch-free."""
+"""The rates that sweeps chose, for the runs of an experiment."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ arrays.npz (what the figures were drawn from).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from trajshift.experiments.landscape import measure
 from trajshift.experiments.landscape.measure import METHODS, End, Settings
 from trajshift.experiments.landscape.results import Results
 from trajshift.utils.environment import environment
-from trajshift.utils.files import disk_errors, replace_file
+from trajshift.utils.files import disk_errors, replace_file, write_json
 from trajshift.utils.imports import need_report_extra
 from trajshift.utils.processes import Jobs, Key, run_in_processes
 from trajshift.utils.progress import Progress, duration
@@ -138,7 +137,7 @@ def _joined(ends: Sequence[End]) -> End:
 
 def _write_numbers(out: Path, results: Results, numbers: dict[str, Any]) -> None:
     about = {"settings": asdict(results.settings), "environment": environment()}
-    replace_file(out / "results.json", json.dumps(about | numbers, indent=1) + "\n")
+    write_json(out / "results.json", about | numbers)
     arrays: dict[str, Any] = {
         "contour": results.contour,
         "bias": results.bias,

@@ -17,8 +17,9 @@ from trajshift.experiments.landscape.summary import (
     Comparison,
     compared,
     lower,
+    show_corrected_p,
 )
-from trajshift.experiments.tables import Table, show_p
+from trajshift.utils.table import Table
 
 if TYPE_CHECKING:
     from trajshift.experiments.landscape.results import Results
@@ -106,7 +107,7 @@ def _short_horizon(results: Results, found: Findings) -> None:
     evidence = (
         f"Quality after {longest} steps of the grid's best phi for k steps, over {len(results.bias)} random sets: "
         + ", ".join(f"{show(interval(list(values[f'k = {k}'].values())))} at k = {k}" for k in (*lengths, longest))
-        + f" (largest p against k = {longest}: {show_p(largest)}). Published set: "
+        + f" (largest p against k = {longest}: {show_corrected_p(largest)}). Published set: "
         + ", ".join(f"{published[k]:.3f} at k = {k}" for k in (*lengths, longest))
         + "."
     )
@@ -126,7 +127,7 @@ def _number_of_optima(results: Results, found: Findings) -> None:
         f"Published set, from a {settings.side} x {settings.side} grid: {published}. "
         f"Random sets, each from a {settings.optima_side} x {settings.optima_side} grid: "
         + " against ".join(f"{show(interval(list(of.values())), 1)} clusters at {name}" for name, of in counts.items())
-        + f" (difference {show(test.difference, 1, signed=True)}, p {show_p(test)})."
+        + f" (difference {show(test.difference, 1, signed=True)}, p {show_corrected_p(test)})."
     )
     found.claims.append(
         Claim(f"There are fewer meta-level optima at k = {short} than at k = {long}.", _judge(lower(test)), evidence)
@@ -199,7 +200,7 @@ def _early_agreement(results: Results, found: Findings) -> None:
         Claim(
             f"They are closer to each other early (meta-update {first}) than late ({last}).",
             _judge(lower(growth)),
-            f"Early - late: {show(growth.difference, signed=True)} (p {show_p(growth)}).",
+            f"Early - late: {show(growth.difference, signed=True)} (p {show_corrected_p(growth)}).",
         ),
     ]
     found.numbers["cosine between trajectory-shifting and accurate"] = cosines
@@ -223,15 +224,15 @@ def _by_mark(values: dict[int, list[float]]) -> str:
 
 def _difference(test: PairedTest) -> str:
     """A pair in mean final quality."""
-    return (
-        f"{test.first} - {test.second} in mean final quality: {show(test.difference, signed=True)} (p {show_p(test)})"
-    )
+    difference = show(test.difference, signed=True)
+    return f"{test.first} - {test.second} in mean final quality: {difference} (p {show_corrected_p(test)})"
 
 
 def _points(test: PairedTest) -> str:
     """The same pair in the share of good ends."""
     difference = show(test.difference, 1, signed=True)
-    return f"in the share of starts that end in the best tenth of the domain: {difference} points (p {show_p(test)})"
+    p = show_corrected_p(test)
+    return f"in the share of starts that end in the best tenth of the domain: {difference} points (p {p})"
 
 
 def _is_accuracy_needed(comparison: Comparison, found: Findings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from importlib.resources import files
 from typing import Any
 
@@ -13,6 +12,7 @@ from trajshift.algorithm.methods import METHODS
 from trajshift.experiments.landscape.himmelblau import DOMAIN, VARIANTS, Landscape, tasks
 from trajshift.experiments.landscape.vectorized_loop import OFFERED
 from trajshift.learners.parameter_matrix import Layout
+from trajshift.report.page import fill
 from trajshift.rng import key, normal
 
 STEPS = 600
@@ -22,17 +22,9 @@ _ROW = Layout({"theta": torch.zeros(2, dtype=torch.float64)}).size
 
 
 def playground_html() -> str:
-    """A self-contained piece of HTML for `Page.raw`: markup, style, data and script; nothing is fetched."""
-    data = json.dumps(playground_data()).replace("</", "<\\/")
-    scripts = "\n".join(_text(name) for name in ("playground.js", "playground_draw.js", "playground_ui.js"))
-    return "\n".join(
-        (
-            f"<style>{_text('playground.css')}</style>",
-            _text("playground.html"),
-            f'<script type="application/json" id="trajshift-playground-data">{data}</script>',
-            f"<script>(() => {{\n{scripts}}})();</script>\n",
-        )
-    )
+    """A piece of HTML for `Page.markup`: elements, data and script; its style is in the page's style sheet."""
+    script = "\n".join(_text(name) for name in ("playground.js", "playground_draw.js", "playground_ui.js"))
+    return fill(_text("playground.html.j2"), trusted=("script",), data=playground_data(), script=script)
 
 
 def playground_data() -> dict[str, Any]:

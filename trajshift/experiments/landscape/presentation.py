@@ -9,6 +9,7 @@ from trajshift.experiments.landscape import drawing
 from trajshift.experiments.landscape.findings import Findings
 from trajshift.report.figures import save
 from trajshift.report.page import Page
+from trajshift.utils.table import Table
 
 if TYPE_CHECKING:
     from trajshift.experiments.landscape.results import Results
@@ -31,13 +32,10 @@ def page(results: Results, found: Findings, folder: Path) -> str:
     _comparison(made, results, found, folder)
     made.heading("What holds in this run")
     made.paragraph(found.setting, "quiet")
-    made.table(
-        ["", "claim", "in numbers"],
-        [[claim.verdict, claim.text, claim.evidence] for claim in found.claims],
-        text=(1, 2),
-    )
+    claims = [[claim.verdict, claim.text, claim.evidence] for claim in found.claims]
+    made.table(Table(["", "claim", "in numbers"], claims), text=(1, 2))
     made.heading("Try it")
-    made.raw(playground_html())
+    made.markup(playground_html())
     return made.html()
 
 
@@ -126,4 +124,4 @@ def _comparison(made: Page, results: Results, found: Findings, folder: Path) -> 
         "Not in the paper: quality of the final phi, mean over random sets and 95% interval.",
     )
     for table in found.tables:
-        made.table(table.header, table.rows, table.caption)
+        made.table(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +12,12 @@ from trajshift.evaluation.statistics import PairedTest, show
 from trajshift.experiments.landscape.drawing import distribution_figure
 from trajshift.experiments.landscape.measure import METHODS, Limit, yardsticks
 from trajshift.experiments.landscape.study_settings import Row, StudySettings, key_of, limit_of
-from trajshift.experiments.landscape.summary import Comparison, compared
-from trajshift.experiments.tables import Table, show_p
+from trajshift.experiments.landscape.summary import Comparison, compared, show_corrected_p
 from trajshift.report.figures import save
 from trajshift.utils.environment import environment
-from trajshift.utils.files import replace_file
+from trajshift.utils.files import replace_file, write_json
 from trajshift.utils.processes import Key
+from trajshift.utils.table import Table
 
 Rows = Mapping[Key, Row]
 
@@ -45,7 +44,7 @@ def write_report(out: Path, rows: Rows, study: StudySettings) -> None:
         for limit, one in found.items()
     }
     about = {"settings": asdict(study), "environment": environment(), "quality": numbers}
-    replace_file(out / "study.json", json.dumps(about, indent=1) + "\n")
+    write_json(out / "study.json", about)
 
 
 _HEAD = """# All starts, {sets} random sets of tasks, meta_lr tuned
@@ -98,4 +97,4 @@ def _tests(comparison: Comparison) -> Table:
 
 
 def _cells(test: PairedTest, digits: int) -> tuple[str, str]:
-    return show(test.difference, digits, signed=True), show_p(test)
+    return show(test.difference, digits, signed=True), show_corrected_p(test)

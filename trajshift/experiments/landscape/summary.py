@@ -1,4 +1,4 @@
-"""From the quality of single starts to one number per set of tasks, and from those to intervals and tests; torch-free.
+"""From the quality of single starts to one number per set of tasks, and from those to intervals and tests.
 
 A set of tasks is the unit: starts on the same tasks are no independent draws, so they are averaged first.
 """
@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trajshift.evaluation.statistics import Estimate, PairedTest, holm, interval, paired_test
-from trajshift.experiments.tables import LEVEL
+from trajshift.evaluation.statistics import LEVEL, Estimate, PairedTest, holm, interval, paired_test, show_p
 
 PerSet = dict[str, dict[int, float]]
 """Method -> set -> number."""
@@ -76,6 +75,11 @@ def compared(quality: Mapping[str, Array], yardsticks: Array) -> Comparison:
         good={m: by_set(100.0 * (q <= good).mean(1)) for m, q in with_worst.items()},
         starts=next(iter(quality.values())).size,
     )
+
+
+def show_corrected_p(test: PairedTest) -> str:
+    """The corrected p, or why there is none."""
+    return test.reason or "-" if test.p_holm is None else show_p(test.p_holm, 3)
 
 
 def lower(test: PairedTest) -> bool | None:
