@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     layout = pytest.importorskip("matplotlib.layout_engine")
 
-    def blank(self: Any, file: Any, **options: Any) -> None:
-        if isinstance(file, Path):
-            file.write_bytes(b"\x89PNG")
-        else:
-            file.write("<?xml version='1.0'?><svg></svg>")
+    def blank(self: Any, file: Any, *, format: str, **options: Any) -> None:
+        file.write(b"\x89PNG" if format == "png" else "<?xml version='1.0'?><svg></svg>")
 
     monkeypatch.setattr(figure.Figure, "savefig", blank)
     monkeypatch.setattr(layout.ConstrainedLayoutEngine, "execute", lambda self, figure: None)

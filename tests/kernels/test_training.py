@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.traffic import launches
+from tests.helpers.graphs import tasks
 from tests.helpers.kernels import DEVICE, distance
-from tests.training.test_cuda_graph import tasks
 from trajshift import Inner, MetaTrainer
 from trajshift.kernels.switch import eager_kernels
 from trajshift.models.resnet import SmallResNet

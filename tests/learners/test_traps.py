@@ -374,4 +374,4 @@ def test_four_hundred_tasks_take_the_memory_of_eight() -> None:
         int(subprocess.run([sys.executable, "-c", _PEAK, str(n)], capture_output=True, text=True, check=True).stdout)
         for n in (8, 400)
     ]
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] < 1.3 * peaks[0]  # 1.7 and more if every task kept a row

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks.traffic import launches
+from tests.helpers.graphs import MIXES, STEPS, peeking, tasks, trainer
 from tests.helpers.learners import assert_same, everything, run, same_bits
 from tests.helpers.options import build
-from tests.training.test_cuda_graph import MIXES, STEPS, peeking, tasks, trainer
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.evaluation.finetuning import finetune
 from trajshift.kernels.switch import eager_kernels

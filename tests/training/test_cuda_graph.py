@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,50 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.graphs import MIXES, STEPS, peeking, trainer
 from tests.helpers.learners import ConvNet, assert_same, image_tasks, make, run
-from tests.helpers.options import build
 from tests.helpers.recording import Recorder
-from trajshift import Inner, MetaTrainer, Task, UsageError
-from trajshift.data.augmentation import image_task
-from trajshift.models import build_model
+from trajshift import Inner, Task, UsageError
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
 from trajshift.training.engines.choose import choose_engine
 from trajshift.training.engines.cuda_graph import LANES, CudaRecorder, Graph, lanes_for, longest_first
-
-STEPS = 50
-
-
-def tasks() -> list[Task]:
-    """Images of two sizes and class counts, augmented."""
-    generator = torch.Generator().manual_seed(0)
-    listed = []
-    for name, size, classes, count in (("small", 6, 2, 30), ("large", 9, 3, 22)):
-        x = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-        listed.append(image_task(name, (x, torch.arange(count) % classes), outputs=classes, crop_padding=1, flip=True))
-    return listed
-
-
-def trainer(engine: Any, listed: list[Task] | None = None, **options: Any) -> MetaTrainer:
-    def double(task: Task) -> torch.nn.Module:
-        return build_model("conv", task, width=4, depth=2).double()
-
-    chosen: dict[str, Any] = {
-        "method": "trajectory-shifting", "horizon": 12, "rounds": 20, "batch_size": 5,
-        "inner": Inner(lr=0.03125, options={"momentum": 0.9, "weight_decay": 5e-4}, schedule="step", factor=0.5),
-    }  # fmt: skip
-    return build(double, listed or tasks(), engine=engine, **chosen | options)
-
-
-MIXES: list[dict[str, Any]] = [
-    {},
-    {"method": "reptile"},
-    {"method": "no-shifting", "meta_every": 3},
-    {"method": "fomaml"},
-    {"method": "anil"},
-    {"method": "mtl"},
-    {"grad_clip": 0.5, "renew": ("heads", "statistics")},
-]
 
 
 @pytest.mark.parametrize("options", MIXES, ids=str)
@@ -99,31 +62,6 @@ def test_every_kind_of_step_is_taken_once_before_it_is_recorded() -> None:
         before, step = recorder.records, reptile.advance().step
         seen += [step] if recorder.records > before else []
     assert seen == [4, 24]
-
-
-class Peeking(torch.nn.Module):
-    """Reads a value on the host, which a recording forbids; and leaves gradients behind when it does."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.body = build_model("conv", task, width=4, depth=2).double()
-        self.peeks = False
-        self.last: weakref.ref[torch.Tensor] | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.last is None or self.last() is None, "what an earlier step computed is still there"
-        out = self.body(x)
-        self.last = weakref.ref(out)
-        return out * float(out.detach().sum().sign().abs()) if self.peeks else out
-
-
-def peeking(engine: Any, method: str, **options: Any) -> MetaTrainer:
-    """A trainer, one step taken, one of whose models peeks from now on."""
-    chosen = {"horizon": 12, "rounds": 20, "batch_size": 5, "inner": Inner(lr=0.03125, options={})}
-    made = build(Peeking, tasks(), method, engine=engine, head="body.fc", **chosen | options)
-    made.advance()
-    made.learners[1].module.peeks = True
-    return made
 
 
 @pytest.mark.parametrize("method", ["trajectory-shifting", "mtl"])
