@@ -16,6 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+FUSED, EAGER = "fused", "eager"
+"""What a run calls its choice."""
+
 _enabled = True
 
 
