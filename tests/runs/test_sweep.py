@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.jobs import run_jobs_here
 from trajshift.errors import UsageError
 from trajshift.runs.evaluation_rows import read_evaluation
 from trajshift.runs.job import Job
@@ -95,8 +96,11 @@ def values_of(folder: Path) -> dict[str, float | None]:
 QUICK = ("horizon=4", "rounds=1", "finetune.steps=2", "output.tensorboard=false", "threads=1")
 
 
-def test_finished_runs_are_scored_on_the_tasks_of_the_day(recipe: str, tmp_path: Path) -> None:
+def test_finished_runs_are_scored_on_the_tasks_of_the_day(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same runs on another tuning task, then on the first one again: what was computed is found."""
+    monkeypatch.setattr("trajshift.runs.sweep.run_jobs", run_jobs_here)
     run = partial(run_sweep, recipe, output=tmp_path / "out", jobs=1)
     run(["inner.lr=0.01,0.02", *QUICK])
     first = values_of(tmp_path / "out")
