@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trajshift.algorithm.methods import Method, ResolvedMethod
 from trajshift.distributed import World, set_threads
 from trajshift.errors import UsageError
-from trajshift.kernels.switch import EAGER, FUSED, available, fused_kernels
+from trajshift.kernels.switch import EAGER, FUSED, fused_kernels, fused_on
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.initialization import Initialization
 from trajshift.learners.inner_optimizer import optimizer_class
@@ -153,7 +153,7 @@ class MetaTrainer:
             autocast=choose_autocast(execution.autocast), grad_clip=inner.grad_clip, overlap=execution.overlap,
             renew=choose_renewals(renew), observer=error_meter,
         )  # fmt: skip
-        self.kernels = FUSED if available(device) else EAGER
+        self.kernels = FUSED if fused_on(device) else EAGER
         """`fused` or `eager`: they differ in the last bits, so a resumed run takes what it began with."""
         self._asked = execution.engine
         self.engine = choose_engine(self._asked, self.meta_step)
