@@ -118,6 +118,6 @@ def _log(trainer: MetaTrainer, curve: dict[str, Any]) -> int:
 
 def release(device: str) -> None:
     """Gives the memory of a trainer that is gone, with its graphs, back to the device."""
-    gc.collect()
     if device.startswith("cuda"):
+        gc.collect()
         torch.cuda.empty_cache()

@@ -35,7 +35,8 @@ def pack_one(name: str, data: Path, folder: Path, size: Size) -> int:
         last = len(y) if split == "train" or name == TUNING else 1
         arrays |= {f"x_{split}": x[:last], f"y_{split}": y[:last]}
     file = folder / f"{name}.npz"
-    np.savez_compressed(file, **arrays, class_names=np.array(images.class_names))
+    arrays["class_names"] = np.array(images.class_names)
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's types take a name for allow_pickle
     return file.stat().st_size
 
 

@@ -70,12 +70,12 @@ def choose(method: str, scores: Scores) -> Rates:
 def best_on_line(score: Callable[[float], float], start: float, reach: int) -> float:
     """The best rate among `reach` neighbours on both sides of `start`, extended while the best is an end.
 
-    Of equal scores the smaller rate is taken.
+    Of equal scores the rate nearest to the start is taken, of two as near the smaller.
     """
     middle = GRID.index(start)
     low, high = max(middle - reach, 0), min(middle + reach, len(GRID) - 1)
     while True:
-        best = max(range(low, high + 1), key=lambda place: score(GRID[place]))
+        best = max(range(low, high + 1), key=lambda place: (score(GRID[place]), -abs(place - middle)))
         if best == low > 0:
             low -= 1
         elif best == high < len(GRID) - 1:
