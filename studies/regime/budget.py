@@ -43,6 +43,6 @@ def run_seconds(rows: Iterable[Mapping[str, Any]], steps: int, **wanted: Any) ->
 
 
 def trial_seconds(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> float | None:
-    """What one pair of rates takes to try, fine-tunings included: the longest on the same `device` at this `size`."""
+    """What one pair of rates takes to try, fine-tunings included: as the latest on the same `device` at this `size`."""
     found = [row["trial_seconds"] for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return max(found, default=None)
+    return found[-1] if found else None
