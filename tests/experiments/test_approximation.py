@@ -141,7 +141,7 @@ def test_scalar_shift_contracts_by_the_curvature_along_the_shift() -> None:
     direction = np.ones(quadratics.DIMENSION)
     along = np.einsum("i,tij,j->t", direction, a, direction) / (direction @ direction)
     expected = ALPHA * sum(geometric(MU, k) for k in range(1, 21)) * along
-    np.testing.assert_allclose(made.carry.state()["exponents"].numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(made.meta_step.carry.state()["exponents"].numpy(), expected, rtol=1e-9)
     # 20 inner steps of 2 tasks, 2 products of each (a pass and two evaluations a product)
     assert made.meta_step.counters.counts["gradient_evaluations"] == 2 * (20 + 2 * 3)
 
@@ -179,7 +179,7 @@ def test_the_estimates_survive_a_checkpoint(kind: Any, tmp_path: Path) -> None:
     whole, first, second = make(), make(), make()
     toys.run(whole, 15)
     toys.run(first, 12)
-    checkpoint.load(checkpoint.save(tmp_path, first), second)
+    checkpoint.load(checkpoint.save(tmp_path, first.meta_step), second.meta_step)
     toys.run(second, 15)
     assert torch.equal(whole.theta, second.theta)
     assert not torch.equal(whole.theta, toys_with_identity())

@@ -126,7 +126,7 @@ def test_the_published_settings() -> None:
             method = METHODS[recipe.method]
             if recipe.horizon == 1000 and not method.joint:
                 default = method.default_meta_lr(recipe.horizon, method.meta_every or 1)
-                rates[name.partition("-")[0], recipe.method] = recipe.meta_lr or default
+                rates[name.partition("-")[0], recipe.method] = recipe.meta.lr or default
     assert rates["images", "trajectory-shifting"] == 0.01
     assert rates["images", "reptile"] == 1
     assert rates["images", "leap"] == 0.1
@@ -154,13 +154,13 @@ def test_rates_of_sweeps_replace_the_published_ones(tmp_path: Path) -> None:
     tuned = read_tuned(files, "images-meta-train", 1000)
     assert [note.partition(":")[0] for note in tuned.notes] == ["mtl"]
     jobs = experiment_jobs("images-meta-train", seeds=1, tuned=tuned)
-    rates = {job.recipe.method: (job.recipe.meta_lr, job.recipe.inner.lr) for job in jobs}
+    rates = {job.recipe.method: (job.recipe.meta.lr, job.recipe.inner.lr) for job in jobs}
     assert rates["reptile"] == (3, 0.01)
     assert rates["mtl"] == (None, 0.1)
     assert rates["leap"] == (None, 0.01)
     assert {(job.recipe.rounds, job.recipe.finetune.steps) for job in jobs} == {(200, 1000)}
     jobs = experiment_jobs("images-horizon", seeds=1, tuned=tuned)
-    by_horizon = {job.recipe.horizon: job.recipe.meta_lr for job in jobs if job.recipe.method == "reptile"}
+    by_horizon = {job.recipe.horizon: job.recipe.meta.lr for job in jobs if job.recipe.method == "reptile"}
     assert by_horizon == {10: 1, 100: 1, 1000: 3}
 
 
@@ -198,7 +198,7 @@ def test_images_horizon_takes_a_sweep_at_the_horizon_of_its_scale(
     choice = {"reptile": {"meta_lr": "3"}}
     with pytest.raises(UsageError, match="stopped"):
         run(tuned=[swept(tmp_path / "two", choice, horizon=2)])
-    assert {job.recipe.horizon: job.recipe.meta_lr for job in made if job.recipe.method == "reptile"} == {
+    assert {job.recipe.horizon: job.recipe.meta.lr for job in made if job.recipe.method == "reptile"} == {
         1: 1,
         2: 3,
         4: 1,

@@ -72,7 +72,7 @@ def untested(name: str) -> Task:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (["device=mps"], "device 'mps' is not to be had here"),
+        (["device=mps"], "device 'mps' is not available on this machine"),
         (["initialization=hub:resnet18"], "'hub:resnet18' names no weights"),
         ([f"tuning.b.source={__name__}:untested"], "task 'b' has no test examples"),
         (["tuning.b.source=npz:gone.npz"], "gone.npz: no such file"),
@@ -170,7 +170,7 @@ def test_a_seed_is_extended_with_the_others() -> None:
 def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) -> None:
     grid = parse_grid(["method=reptile,mtl", "meta_lr=1,2", f"data.root={tmp_path}"])
     jobs = grid_jobs(recipe, grid, points_of(grid), tmp_path)
-    made = [(job.recipe.method, job.recipe.meta_lr) for job in jobs.values()]
+    made = [(job.recipe.method, job.recipe.meta.lr) for job in jobs.values()]
     assert made == [("reptile", 1), ("mtl", None), ("reptile", 2)]
     # named by what differs: the folder of the data would make a name too long for the disk
     assert [job.path.name for job in jobs.values()] == [
@@ -179,7 +179,7 @@ def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) 
         "meta_lr=2,method=reptile",
     ]
     without = parse_grid(["method=reptile,mtl"])
-    assert [job.recipe.meta_lr for job in grid_jobs(recipe, without, points_of(without), tmp_path).values()] == [
+    assert [job.recipe.meta.lr for job in grid_jobs(recipe, without, points_of(without), tmp_path).values()] == [
         0.5,
         None,
     ]
