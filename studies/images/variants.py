@@ -97,22 +97,18 @@ def heads_first() -> AbstractContextManager[None]:
 
 def weights_by_loss() -> AbstractContextManager[None]:
     """A task's weight in the mean is its loss (running mean over some 50 steps) as a share of the loss by chance."""
-    inner_update, mean_gradient = MetaStep.inner_update, MetaStep.mean_gradient
+    meta_update = MetaStep.meta_update
     recent: dict[str, Tensor] = {}
 
-    def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:
-        loss = inner_update(self, learner, moment, *more, **options)
-        name = learner.task.name
-        recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
-        return loss
-
-    def mean(self: MetaStep) -> Tensor:
+    def weighted(self: MetaStep, moment: Moment, losses: Tensor) -> bool:
+        for name, loss in zip(self.tasks, losses, strict=True):
+            recent[name] = torch.lerp(recent.get(name, loss), loss, 0.02)
         tasks = self.active.tasks
         shares = torch.stack([recent[name] / log(tasks[name].outputs or 2) for name in self.tasks])
         self.active.weights.copy_(shares / shares.sum())
-        return mean_gradient(self)
+        return meta_update(self, moment, losses)
 
-    return replaced(MetaStep, inner_update=update, mean_gradient=mean)
+    return replaced(MetaStep, meta_update=weighted)
 
 
 def growing_horizon() -> AbstractContextManager[None]:
