@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 
 from studies.command import run_app
 from studies.images import rows as image_rows
-from studies.regime import finetune, pack, train
+from studies.regime import finetune, meta_training, pack, train
 from studies.regime.budget import Budget, run_seconds, trial_seconds
 from studies.regime.rates import GRID, START, Rates, ScoreMissing, best_on_line, choose
 from studies.regime.setting import METHODS, REGIME, SOURCES, TARGETS, TUNING, build_image_task
@@ -298,6 +300,7 @@ def test_a_run_that_turns_out_too_long_is_given_up(
 ) -> None:  # fmt: skip
     asked = []
     monkeypatch.setattr(Budget, "fits", lambda budget, seconds: asked.append(seconds) or len(asked) < 3)
+    monkeypatch.setattr(meta_training, "time", SimpleNamespace(monotonic=count().__next__))  # a second at every look
     assert trained(tmp_path, *GIVEN, "--seeds", 0) == []
     assert asked[0] is None  # nothing is known before the first run
     assert asked[1] > asked[2] > 0  # seconds for two more rounds, then for one

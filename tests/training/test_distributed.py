@@ -229,7 +229,7 @@ def go_wrong(folder: Path) -> None:
         (folder / "full").write_text("a file is in the way of the folder")
     moved.meta_step.world.barrier()
     said["full"] = sentence(lambda: checkpoint.save(folder / "full", moved.meta_step))
-    said["any"] = [moved.meta_step.world.any(rank == 1), moved.world.any(False)]
+    said["any"] = [moved.meta_step.world.any(rank == 1), moved.meta_step.world.any(False)]
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 
