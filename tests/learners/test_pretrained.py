@@ -200,7 +200,7 @@ def test_weights_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
-    with pytest.raises(UsageError, match=r"hub:a/b: not to be had from the hub \(no route to host\); give a"):
+    with pytest.raises(UsageError, match=r"hub:a/b is not available from the hub \(no route to host\); give a"):
         load_start("hub:a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=r"weights from the hub need huggingface_hub: pip install 'trajshift\[data\]'"):

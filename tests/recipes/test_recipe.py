@@ -104,7 +104,7 @@ def test_an_option_is_added_to_the_default_ones(recipe_file: Path) -> None:
         ("targets.mnist.source=npz:a.npz", ["target 'mnist'", "trained"]),
         ("renew=[head]", ["renew", "did you mean 'heads'"]),
         ("finetune.running_stats=rest", ["finetune", "did you mean 'reset'"]),
-        ("finetune.milestones=[2]", ["finetune", "milestones holds 2"]),
+        ("finetune.milestones=[2]", ["finetune", "milestones contains 2"]),
         ("method=single-task", ["single-task", "train_on"]),
         ("adapt=head", ["adapt head"]),
         ("output.name=a/b", ["output", "name is 'a/b'"]),

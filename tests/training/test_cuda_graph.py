@@ -303,5 +303,5 @@ def test_sources_must_lie_on_the_device() -> None:
     assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed)))
     own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
     assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own)))
-    with pytest.raises(UsageError, match="engine graph is not for this run: it is for CUDA and the device is cpu"):
+    with pytest.raises(UsageError, match="engine graph cannot run this: it is for CUDA and the device is cpu"):
         choose_engine("graph", plain.meta_step)

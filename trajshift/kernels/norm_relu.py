@@ -18,9 +18,9 @@ from trajshift.kernels.switch import has_hooks, may_fuse, no_second_derivative
 
 _BLOCK = 4096
 SHAPES = {16: (4096, 512, 8), 32: (2048, 512, 4), 64: (4096, 256, 8)}
-"""By channels: numbers in a tile, programs at most, warps; the fastest of seven on one H200 (results/speed)."""
+"""By channels: numbers per tile, most programs, warps; the fastest of seven settings on one H200 (results/speed)."""
 OTHER_SHAPE = (4096, 128, 8)
-"""Reasoned, not measured."""
+"""An estimate, not measured."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 """Of each module, int32 `[1]` and zero between kernels. A module's own passes never overlap."""
@@ -42,7 +42,7 @@ def _fusable(bn: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
     return (
         may_fuse(x)
         and x.ndim == 4
-        and x.shape[1] == channels  # a kernel would read on where PyTorch raises
+        and x.shape[1] == channels  # a kernel would read out of bounds where PyTorch raises an error
         and type(bn) is nn.BatchNorm2d
         and bn.training
         and bn.affine
@@ -68,7 +68,7 @@ def _counter(bn: nn.Module, device: torch.device) -> Tensor:
 
 
 class _Launch:
-    """How the kernels of one tensor are launched; of its shape alone, so that sums have the same order everywhere."""
+    """How the kernels of one tensor are launched; depends on its shape alone, so that the order of sums is fixed."""
 
     def __init__(self, x: Tensor) -> None:
         self.channels = x.shape[1]
@@ -81,7 +81,7 @@ class _Launch:
         self.partial = x.new_empty(self.programs, 2, self.channels, dtype=torch.float32)
 
     def vectors(self, count: int) -> list[Tensor]:
-        """So many float32 `[C]`."""
+        """This many float32 vectors `[C]`."""
         return list(self.partial.new_empty(count, self.channels).unbind())
 
     @property
