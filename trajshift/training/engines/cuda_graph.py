@@ -1,10 +1,10 @@
 """Whole steps as CUDA graphs: batches, all forward and backward passes, inner steps, the meta-update and the shift.
 
-A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step lies in
+A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step is in
 tensors on the device: a clock, and tables that are filled ahead for `AHEAD` steps at once.
 
-The loop's decisions (a meta-update or not, a carry or not) make three kinds of step. Each is taken once
-as it is, then recorded.
+The loop's decisions (a meta-update or not, a carry or not) make three kinds of step. Each is run once
+without recording, then recorded.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ LANES = 8
 """Streams on which learners run side by side. On one H200 the paper's eight tasks take 21.2 ms on 8, 22.6 on 4, 40.6
 on one (results/speed)."""
 SMALL = 4_000_000
-"""Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they do. A larger one fills
-the device by itself, and every lane holds the activations of its own learner. Reasoned, not measured."""
+"""Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they run side by side. A
+larger one fills the device by itself, and every lane keeps the activations of its own learner. An estimate, not
+measured."""
 _WARMUP = 3
-"""Steps taken without recording wherever addresses are new."""
+"""Steps taken without recording whenever addresses have changed."""
 
 Body = Callable[[], None]
 
@@ -49,10 +50,10 @@ class Recorder(Protocol):
     """Records device work without doing it."""
 
     lanes: int
-    """How many there are."""
+    """How many lanes there are."""
 
     def record(self, body: Body) -> Body:
-        """What does the work of `body` whenever called; `body` runs once, its work does not.
+        """Returns a function that does the work of `body` when called; recording calls `body` but does not do its work.
 
         Raises:
             RuntimeError: the body waits for the device, or does something else that cannot be recorded.
@@ -60,7 +61,7 @@ class Recorder(Protocol):
         ...
 
     def forget(self) -> None:
-        """All that was recorded is gone."""
+        """Discards all recordings."""
         ...
 
     def warm(self) -> AbstractContextManager[None]:
@@ -94,7 +95,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
                 body()
         except RuntimeError:
-            torch.cuda.set_stream(stream)  # a recording that fails stays on its own
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own stream current
             raise
         return graph.replay
 
@@ -104,7 +105,7 @@ class CudaRecorder:
 
     @contextmanager
     def warm(self) -> Iterator[None]:
-        """On the stream that will record, as its first use of libraries must not be recorded."""
+        """Runs on the stream that will record, as its first use of libraries must not be recorded."""
         self._capture.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._capture):
             yield
@@ -127,7 +128,7 @@ class CudaRecorder:
 
 
 class Clock:
-    """Where the step stands, on the device.
+    """The position of the step in the schedule, on the device.
 
     Attributes:
         row: int64 `[1]`, the row of all tables that the step reads.
@@ -142,7 +143,7 @@ class Clock:
         self._rates = torch.zeros(AHEAD, dtype=torch.float32, device=device)
 
     def set(self, step: int, rates: list[float]) -> None:
-        """Puts the clock before scheduled step number `step` (from 0); `rates` are those of the table's steps."""
+        """Sets the clock to just before scheduled step number `step` (from 0); `rates` belong to the table's steps."""
         self.row.fill_(step % AHEAD)
         self.step.fill_(step)
         self._rates.copy_(torch.tensor(rates))
@@ -174,7 +175,7 @@ class Feed:
         self._draws = self._indices.new_zeros(AHEAD, 3, batches.batch_size) if random else None
         self._next = 0
         self._keys: list[tuple[int, int]] = []
-        """Of the augmentation from step `_next` on, as far as they were computed ahead."""
+        """Keys of the augmentation from step `_next` on, as far as they were computed ahead."""
 
     def fill(self, first: int) -> None:
         """Fills the tables for the steps from `first`, a multiple of `AHEAD`."""
@@ -189,7 +190,7 @@ class Feed:
             self._next, self._keys = first + AHEAD, []
 
     def look_ahead(self) -> None:
-        """Hashes the keys of one more step of the next tables: all at once would let the device wait 20 ms."""
+        """Hashes the keys of one more step of the next tables: doing all at once would make the device wait 20 ms."""
         if self._draws is not None and len(self._keys) < AHEAD:
             step = self._next + len(self._keys)
             self._keys.append(crop_keys(self._batches.augmentation_key("train", step)))
@@ -228,13 +229,13 @@ class Graph(Engine):
         """Why this run cannot be recorded, or None."""
         method, active = run.method, run.active
         if run.world.size > 1 or run.overlap:
-            return "several ranks talk between steps"
+            return "several ranks communicate between steps"
         if not run.meta_gradient.recordable:
-            return f"meta-gradient {method.metagrad} ({method.batch}) is not made of recorded steps alone"
+            return f"meta-gradient {method.metagrad} ({method.batch}) needs more than the recorded steps"
         if not run.carry.recordable:
             return f"carry {method.carry} is not the same work at every step"
         if run.observer is not None:
-            return "the approximation error is measured meanwhile"
+            return "the approximation error is measured between steps"
         if "optimizer" in run.renew or active.rows < len(active.local):
             return "each round has new learners"
         if run.inner.flat or not _reads_its_rate_on_the_device(run):
@@ -247,7 +248,7 @@ class Graph(Engine):
         return None
 
     def begin(self, run: MetaStep) -> None:
-        """Forgets what was recorded where a tensor lies elsewhere now."""
+        """Discards the recordings if a tensor has moved."""
         if self.name != "graph":
             return
         addresses = _addresses(run)
@@ -269,7 +270,7 @@ class Graph(Engine):
             return super().step(run)
         jumped = run.step != self._expected
         if jumped:
-            self.begin(run)  # a checkpoint may have put tensors elsewhere
+            self.begin(run)  # loading a checkpoint may have moved tensors
         if jumped or run.step % AHEAD == 0:
             self._fill(run)
         moment = run.moment(run.step)
@@ -321,8 +322,8 @@ class Graph(Engine):
     def _record(self, run: MetaStep, kind: tuple[bool, bool], body: Body) -> bool:
         """Records the step, or leaves the rest to the loop; a recording that failed has done nothing on the device.
 
-        What the failed step has computed goes with its traceback when this returns: the loop's steps are on another
-        stream, and must not meet nodes of autograd that are left of it.
+        What the failed step computed is freed with its traceback when this returns: the loop's steps run on another
+        stream and must not find autograd nodes left over from it.
         """
         try:
             self._steps[kind] = self._recorder.record(body)
@@ -368,7 +369,7 @@ def longest_first(costs: Sequence[float], lanes: int) -> list[tuple[int, int]]:
 
 
 def _cost(learner: Learner) -> float:
-    """Of an inner step, in units that all learners share: the pixels of its batch, or its bytes without images."""
+    """Cost of an inner step, in units that all learners share: the pixels of its batch, or its bytes without images."""
     shape, source = learner.task.input_shape, learner.batches.raw.source("train")
     assert isinstance(source, ArraySource)
     each = math.prod(shape[-2:]) if shape else source.bytes // len(source)
@@ -380,14 +381,14 @@ def _transform(transform: object) -> ImageTransform | None:
 
 
 def _reads_its_rate_on_the_device(run: MetaStep) -> bool:
-    """Whether the inner optimizer does, and the meta-optimizer needs none."""
+    """Whether the inner optimizer reads its rate on the device, and the meta-optimizer needs none."""
     trial = optimizer_for(run.inner, [torch.nn.Parameter(torch.zeros(1, device=run.device))])
     fused = isinstance(trial, torch.optim.SGD) and all(group["fused"] for group in trial.param_groups)
     return fused and (run.method.joint or isinstance(run.meta_optimizer, PlainMetaStep))
 
 
 def _addresses(run: MetaStep) -> tuple[int, ...]:
-    """Of all tensors that a recorded step uses."""
+    """Addresses of all tensors that a recorded step uses."""
     return tuple(tensor.data_ptr() for tensor in _state(run))
 
 
