@@ -52,7 +52,7 @@ class StepsToMatchTable:
 
 
 def _range(seeds: Sequence[int | None]) -> str:
-    """`100 to 400`; who does not get there comes last."""
+    """`100 to 400`; a seed that does not get there comes last."""
     ordered = sorted(seeds, key=lambda steps: (steps is None, steps or 0))
     texts = ["never" if steps is None else f"{steps:,}" for steps in (*ordered[:1], *ordered[-1:])]
     return " to ".join(dict.fromkeys(texts)) or "-"
@@ -63,7 +63,7 @@ def steps_to_match_table(
 ) -> StepsToMatchTable | None:
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
-    A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
+    A number of inner steps is an upper bound: the true number is between the checkpoint before and it. `steps` compares
     means over the seeds that the reference has finished; how far these disagree is in `by_seed`.
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
