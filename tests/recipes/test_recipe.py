@@ -125,8 +125,8 @@ def test_mistakes_are_named(recipe_file: Path, override: str, words: list[str]) 
     ("text", "words"),
     [
         ("a: [1", ["not valid YAML", "line"]),
-        ("- 1", ["no mapping"]),
-        ("", ["no mapping"]),
+        ("- 1", ["not a mapping"]),
+        ("", ["not a mapping"]),
         ("horizon: 1\nhorizon: 2\n", ["'horizon' is given twice"]),
         ("tasks: {a b: {source: npz:x}}", ["task name 'a b'"]),
     ],
