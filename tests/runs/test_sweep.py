@@ -71,7 +71,7 @@ def untested(name: str) -> Task:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (["device=mps"], "device 'mps' is not to be had here"),
+        (["device=mps"], "device 'mps' is not available on this machine"),
         (["initialization=hub:resnet18"], "'hub:resnet18' names no weights"),
         ([f"tuning.b.source={__name__}:untested"], "task 'b' has no test examples"),
         (["tuning.b.source=npz:gone.npz"], "gone.npz: no such file"),
@@ -133,7 +133,9 @@ def test_the_choice_of_another_sweep_is_not_replaced(
     monkeypatch.setattr("trajshift.runs.sweep.run_jobs", lambda jobs, **options: {})
     monkeypatch.setattr("trajshift.runs.sweep.collect_results", collected)
     run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2"], output=tmp_path)
-    with pytest.raises(UsageError, match="holds the choice of a sweep over method=reptile,leap, which would be lost"):
+    with pytest.raises(
+        UsageError, match="contains the choice of a sweep over method=reptile,leap, which would be lost"
+    ):
         run_sweep(recipe, ["method=reptile", "meta_lr=1,2,5"], output=tmp_path)
     run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5"], output=tmp_path)
     assert json.loads((tmp_path / "sweep.json").read_text())["grid"]["meta_lr"] == ["1", "2", "5"]
