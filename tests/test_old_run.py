@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trajshift.cli import main
+from trajshift.cli.main import main
 
 OLD = Path(__file__).parent / "data" / "run-0.1"
 TOLERANCE = 1e-4

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make(name: str) -> MetaTrainer:
     options = dict(CASES[name])
     if every := options.pop("error_every", None):
-        options["gauge"] = ApproximationErrorMeter.every(every, toys.HORIZON)
+        options["error_meter"] = ApproximationErrorMeter.every(every, toys.HORIZON)
     return toys.trainer(toys.tasks(options.pop("count")), **options)
 
 
