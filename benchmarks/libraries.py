@@ -94,7 +94,7 @@ def unusable() -> dict[str, str]:
         except ModuleNotFoundError as error:
             reasons[name] = f"{error.name} is not installed: pip install '.[benchmarks]'"
         except Exception as error:  # any incompatibility with this PyTorch
-            reasons[name] = f"does not import beside this PyTorch: {type(error).__name__}: {error}"
+            reasons[name] = f"cannot be imported with this PyTorch: {type(error).__name__}: {error}"
     return reasons
 
 

@@ -31,7 +31,7 @@ class World:
 
     @classmethod
     def current(cls, device: str = "cpu") -> World:
-        """The world that `torchrun` made; starts the process group (gloo, or NCCL beside it on CUDA) when needed."""
+        """The world that `torchrun` made; starts the process group (gloo, on CUDA also NCCL) when needed."""
         if not (dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
             return cls()
         if not dist.is_initialized():

@@ -315,7 +315,7 @@ def finetune_settings(settings: Finetune | None, given: Mapping[str, Any], other
         others: keywords that are not fields, so that the nearest name to an unknown one can be suggested.
 
     Raises:
-        UsageError: an unknown keyword, or a field given beside an object, which already states every field.
+        UsageError: an unknown keyword, or a field given together with an object, which already states every field.
     """
     known = [entry.name for entry in fields(Finetune)]
     for name in given:

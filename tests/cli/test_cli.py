@@ -345,7 +345,7 @@ def test_a_run_is_not_overwritten(trajshift: Command) -> None:
     trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
     status, _, err = trajshift("train", "tiny.yaml", "--name", "one")
     assert status == 2
-    assert "already holds a run" in err
+    assert "already contains a run" in err
     status, _, err = trajshift("train", "runs/one")
     assert status == 2
     assert "--resume" in err

@@ -160,14 +160,14 @@ class Trap:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": weights(), "trap": Trap()}, "trap.pth")
-    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(it holds more than tensors\); save"):
+    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(it contains more than tensors\); save"):
         load_start("trap.pth")
     assert not Path("sprung").exists()
     Path("text.pth").write_text("hello")
     with pytest.raises(UsageError, match=r"text.pth is not a readable state dict"):
         load_start("text.pth")
     torch.save([1, 2], "list.pth")
-    with pytest.raises(UsageError, match=r"list.pth holds no named tensors; save the module's state_dict"):
+    with pytest.raises(UsageError, match=r"list.pth contains no named tensors; save the module's state_dict"):
         load_start("list.pth")
     with pytest.raises(UsageError, match=r"no weights at gone.pth; give the path"):
         load_start("gone.pth")

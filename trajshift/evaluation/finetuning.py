@@ -109,7 +109,7 @@ def finetune(
         fields: the fields of `trajshift.Finetune`, in place of `settings`.
 
     Raises:
-        UsageError: an initialization that does not fit the model, an impossible choice, or fields beside settings.
+        UsageError: an initialization that does not fit the model, an impossible choice, or both fields and settings.
         NonFiniteLoss: the training loss became infinite or not a number; names the step and the learning
             rate.
     """

@@ -54,7 +54,7 @@ def load_start(start: str | Path) -> Initialization:
             `model`, with or without the prefix `module.`), or what `locate` accepts.
 
     Raises:
-        UsageError: no such file, or one that holds no named tensors.
+        UsageError: no such file, or one without named tensors.
     """
     path = locate(start)
     if path.suffix not in _TORCH_FILES:
@@ -67,13 +67,13 @@ def load_start(start: str | Path) -> Initialization:
     except Exception as error:
         reason = first_line(error)
         if reason.startswith("Weights only"):  # torch's message continues with how to load it anyway
-            reason = "it holds more than tensors"
+            reason = "it contains more than tensors"
         raise UsageError(
             f"{path} is not a readable state dict ({reason}); save the module's state_dict() alone"
         ) from error
     tensors = _tensors(found)
     if not tensors:
-        raise UsageError(f"{path} holds no named tensors; save the module's state_dict()")
+        raise UsageError(f"{path} contains no named tensors; save the module's state_dict()")
     return Initialization(tensors)
 
 

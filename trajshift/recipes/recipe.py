@@ -76,10 +76,10 @@ class Recipe:
     """Share of each task's training images kept for held-out batches, where the method needs them."""
 
     tasks_per_round: int | None = None
-    """Tasks sampled anew at each reset; null trains on all."""
+    """Tasks sampled at each reset; null trains on all."""
 
     renew: list[str] = field(default_factory=list)
-    """What a reset renews beside the shared parameters: heads, optimizer, statistics."""
+    """What a reset renews besides the shared parameters: heads, optimizer, statistics."""
 
     head: str | list[str] | None = None
     """Dotted name of the model's head; null takes the model's own."""

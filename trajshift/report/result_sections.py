@@ -81,7 +81,7 @@ def like(rows: Sequence[EvaluationRow], final: Summary) -> list[EvaluationRow]:
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence on who is best and from whom it can be told apart."""
+    """One sentence on which method is best and from which others it can be told apart."""
     better = max if summary.metric == "accuracy" else min
     ranked = [line for line in summary.lines if line.average is not None]
     if not ranked:
@@ -202,7 +202,7 @@ def few_data(page: Page, rows: Sequence[EvaluationRow], final: Summary, styles: 
 
 
 Points = Sequence[tuple[float | None, EvaluationRow]]
-"""Where a row lies on the x axis, and the row."""
+"""A row's position on the x axis, and the row."""
 
 
 def _by_images(rows: Sequence[EvaluationRow]) -> tuple[Points, Points]:

@@ -17,7 +17,7 @@ from trajshift.utils.files import read_jsonl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one run directory holds."""
+    """What one run directory contains."""
 
     path: Path
     label: str

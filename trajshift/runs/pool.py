@@ -40,8 +40,8 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
 
     Raises:
-        UsageError: a run directory holds a run of another recipe, or something that the runs need is missing: a device,
-            weights to start from, data, or the test images of what is fine-tuned.
+        UsageError: a run directory contains a run of another recipe, or something that the runs need is missing: a
+            device, weights to start from, data, or the test images of what is fine-tuned.
         KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
     """
     # before any work, fails if a directory contains another run

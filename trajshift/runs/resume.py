@@ -61,7 +61,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
-    """Refuse changed source tasks unless `step` lies between two rounds."""
+    """Refuse changed source tasks unless `step` is between two rounds."""
     changed = [key for key in differences(old, new) if is_within(key, MAY_CHANGE_BETWEEN_ROUNDS)]
     if changed and step % new.horizon:
         raise UsageError(

@@ -85,7 +85,7 @@ def run_sweep(
 ) -> None:
     """Train and fine-tune the grid, print the table and the choice, and write both to sweep.json.
 
-    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice lies there. A run that
+    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice is there. A run that
     diverges counts as a bad result; if one fails for another reason, nothing is chosen.
 
     Raises:

@@ -56,7 +56,7 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
     On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
 
     Raises:
-        UsageError: the directory holds a run and `resume` is False, the recipe differs where it must not, a loss is
+        UsageError: the directory contains a run and `resume` is False, the recipe differs where it must not, a loss is
             not finite (the last good checkpoint is kept), or the disk is full.
     """
     world = World.current(str(recipe.execution.device))
@@ -95,7 +95,7 @@ class _Run:
         if self.old is not None:
             if not resume:
                 raise UsageError(
-                    f"{directory.path} already holds a run; continue it with --resume or choose another --name"
+                    f"{directory.path} already contains a run; continue it with --resume or choose another --name"
                 )
             recipe = resumed_recipe(self.old, recipe, directory.path)
         world.barrier()  # every rank has looked before the first one writes

@@ -143,7 +143,7 @@ class MetaStep:
 
     @property
     def layout(self) -> Layout:
-        """Where the shared parameters lie in a row."""
+        """Names, shapes and offsets of the shared parameters in a row."""
         return self.active.blueprint.layout
 
     @property

@@ -1,4 +1,4 @@
-"""What a user holds: a `MetaTrainer` built from options and tasks, iterated one inner step at a time.
+"""What a user works with: a `MetaTrainer` built from options and tasks, iterated one inner step at a time.
 
 The step itself is `trajshift.training.step`. Shapes: T learners on this rank, P shared numbers each, padding included.
 """
@@ -201,7 +201,7 @@ class MetaTrainer:
 
     @property
     def layout(self) -> Layout:
-        """Where the shared parameters lie in a row."""
+        """Names, shapes and offsets of the shared parameters in a row."""
         return self.meta_step.layout
 
     @property

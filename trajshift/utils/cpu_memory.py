@@ -14,7 +14,7 @@ _LARGE = 2**30  # bytes
 def keep_memory() -> None:
     """Lets glibc keep freed memory for the next step instead of returning it to the system; does nothing elsewhere.
 
-    By default large activations are mapped anew in each step, their pages zeroed by the kernel at first use: 10 to
+    By default large activations are mapped again in each step, their pages zeroed by the kernel at first use: 10 to
     15% of the time of a ResNet20. It applies to the whole process, which then keeps the memory of its peak.
     """
     if not sys.platform.startswith("linux"):

@@ -32,7 +32,7 @@ def load_object(path: str, role: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"{role} {path!r}: cannot import {module_name!r} ({error}); "
-            "install it or start from the directory that holds it"
+            "install it or start from the directory that contains it"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):

@@ -115,7 +115,7 @@ def order_figure(units: Units, plan: MeasurementPlan, networks: Sequence[str], c
 
 
 def _sum_of_powers(k: int, order: int) -> float:
-    """Sum over i < k of i^(order - 1): what k^order stands for at small k."""
+    """Sum over i < k of i^(order - 1), to which k^order is proportional for large k only."""
     return float(sum(i ** (order - 1) for i in range(1, k)))
 
 

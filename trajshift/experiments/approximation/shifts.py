@@ -70,8 +70,8 @@ class ScalarShift(Carry):
 class DiagonalShift(Carry):
     """theta_t <- theta_t + exp(-alpha/(1-mu) sum_i B g_i^2) delta: dU_k/dphi as a diagonal, without extra passes.
 
-    B g^2, with g the gradient of a mean over B examples, stands for the diagonal of the Fisher matrix, and that
-    for the Hessian's. Momentum is counted at its long-run rate from the first step on.
+    B g^2, with g the gradient of a mean over B examples, approximates the diagonal of the Fisher matrix, and that
+    the Hessian's. Momentum is counted at its long-run rate from the first step on.
     """
 
     needs_gradients = True

@@ -74,7 +74,7 @@ def _chosen(tuned: Tuned | None, recipe: Recipe, base: Recipe) -> tuple[str, ...
 
 
 def _untuned(tuned: Tuned, jobs: Sequence[Job], base: Recipe) -> list[str]:
-    """A note on the runs that keep the recipe's rates beside tuned ones.
+    """A note on the runs that keep the recipe's rates while others are tuned.
 
     Raises:
         UsageError: the sweeps chose for none of the runs.

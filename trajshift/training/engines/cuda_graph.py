@@ -69,7 +69,7 @@ class Recorder(Protocol):
         ...
 
     def lane(self, number: int) -> AbstractContextManager[None]:
-        """Work inside may run beside that of other lanes."""
+        """Work inside may run at the same time as that of other lanes."""
         ...
 
     def join(self) -> None:
