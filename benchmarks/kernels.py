@@ -1,4 +1,4 @@
-"""The fused kernels alone, each beside what PyTorch does: microseconds, bytes that must move, and the difference."""
+"""The fused kernels by themselves, each against PyTorch: microseconds, bytes that must move, and the difference."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def falling_inner_lr() -> AbstractContextManager[None]:
 
 
 def heads_first() -> AbstractContextManager[None]:
-    """In the first 100 inner steps the new heads move alone."""
+    """In the first 100 inner steps only the new heads move."""
     inner_update = MetaStep.inner_update
 
     def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:

@@ -160,7 +160,9 @@ class Trap:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": weights(), "trap": Trap()}, "trap.pth")
-    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(it contains more than tensors\); save"):
+    with pytest.raises(
+        UsageError, match=r"trap.pth is not a readable state dict \(it contains more than tensors\); save"
+    ):
         load_start("trap.pth")
     assert not Path("sprung").exists()
     Path("text.pth").write_text("hello")

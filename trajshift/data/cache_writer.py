@@ -145,7 +145,7 @@ def prepare_cache(
         quiet: no progress and no warnings.
 
     Raises:
-        UsageError: whatever is wrong with the data, or another cache of that name, finished or half done.
+        UsageError: anything wrong with the data, or another cache of that name, finished or not.
     """
     entry = find(name)
     entry = overridden(find(entry.whole or name), overrides or {})

@@ -180,7 +180,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         return image, int(self.targets[place])
 
     def select(self, places: Tensor, targets: Tensor) -> DecodedImages:
-        """The images at `places` (int64 `[n]`) alone, with these class numbers."""
+        """Only the images at `places` (int64 `[n]`), with these class numbers."""
         chosen = copy(self)
         chosen.numbers, chosen.targets = self.numbers[places], targets
         return chosen

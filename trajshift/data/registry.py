@@ -1,4 +1,4 @@
-"""The paper's data sets by name: where they are on the Hugging Face hub, what they should contain, who says so.
+"""The paper's data sets by name: where they are on the Hugging Face hub, what they should contain, and the sources.
 
 A plain table that imports neither torch nor `datasets`. **No entry has been checked against the hub**: `verified`
 is None until somebody has prepared the set from it and every figure agreed. Until then figures that differ are

@@ -155,7 +155,7 @@ class MappedSource:
         return torch.from_numpy(self._pixels[rows.numpy()]), self.labels[indices]
 
     def select(self, indices: Tensor) -> MappedSource:
-        """The examples `indices` (int64 `[n]`) alone, in the same file."""
+        """Only the examples `indices` (int64 `[n]`), in the same file."""
         return MappedSource(self.path, self.labels[indices], indices if self.rows is None else self.rows[indices])
 
     def to(self, device: torch.device | str) -> MappedSource | ArraySource:
@@ -294,7 +294,7 @@ def _label_column(dataset: Any) -> Any:
     if isinstance(dataset, Subset):
         column = _label_column(dataset.dataset)
         return None if column is None else torch.as_tensor(column)[torch.as_tensor(dataset.indices)]
-    if hasattr(dataset, "column_names"):  # Hugging Face: reads the column alone, decodes no image
+    if hasattr(dataset, "column_names"):  # Hugging Face: reads only the column, decodes no image
         name = next((name for name in _LABEL_NAMES if name in dataset.column_names), None)
         return None if name is None else dataset.select_columns([name])[:][name]
     return next((getattr(dataset, name) for name in _LABEL_NAMES if hasattr(dataset, name)), None)
@@ -322,7 +322,7 @@ def stack_examples(examples: list[Any]) -> Batch:
 
 
 def numbered_classes(largest: int, what: str) -> tuple[str, ...]:
-    """Names of classes that have numbers alone: `0` to `largest`.
+    """Names of classes that have only numbers: `0` to `largest`.
 
     Raises:
         UsageError: more classes than is plausible; `what` says whose.

@@ -138,7 +138,7 @@ class MetaStep:
 
     @property
     def gradients(self) -> Tensor:
-        """The gradients `[T, P]` that the last inner step followed; `[T, 0]` where nobody needs them."""
+        """The gradients `[T, P]` that the last inner step followed; `[T, 0]` if nothing needs them."""
         return self.active.gradients
 
     @property
