@@ -1,7 +1,8 @@
 """Everything about one GPU in about five minutes.
 
 The paper's run and its floors, the captured engine against the eager loop and plain training, the fused kernels by
-themselves, the flat update, memory with T, and ResNet18 at 224. A part that fails is reported as such and the others continue.
+themselves, the flat update, memory with T, and ResNet18 at 224. A part that fails is reported as such and the others
+continue.
 """
 
 from __future__ import annotations
