@@ -229,9 +229,9 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
         ("images-ablation", {"seeds": 0}, "seeds is 0"),
         ("images-ablation", {"overrides": ["seed=7"]}, "use --seeds N"),
         ("images-ablation", {"overrides": ["output.name=a"]}, "use --out DIR"),
-        ("images-ablation", {"overrides": ["method=reptile"]}, "set method of their own"),
+        ("images-ablation", {"overrides": ["method=reptile"]}, "set method themselves"),
         ("images-ablation", {"overrides": ["meta_lr=1"]}, "rates with --tuned"),
-        ("images-horizon", {"overrides": ["rounds=4"]}, "set rounds of their own"),
+        ("images-horizon", {"overrides": ["rounds=4"]}, "set rounds themselves"),
     ],
 )
 def test_refusals(name: str, options: dict[str, Any], word: str) -> None:

@@ -81,7 +81,7 @@ class _Launch:
         self.partial = x.new_empty(self.programs, 2, self.channels, dtype=torch.float32)
 
     def vectors(self, count: int) -> list[Tensor]:
-        """This many float32 vectors `[C]`."""
+        """Float32 vectors `[C]`, `count` of them."""
         return list(self.partial.new_empty(count, self.channels).unbind())
 
     @property
