@@ -28,7 +28,7 @@ class Flat:
     size: int
     """P."""
     traffic: int
-    """Bytes that must move: theta is read for the mean, read and written for the shift, phi read and written."""
+    """Bytes that must move: theta and phi are read and written once."""
     seconds: Spread
     share: Spread
     """Bandwidth, as a share of the copy's."""
@@ -37,10 +37,13 @@ class Flat:
 def flat_update(trainer: MetaTrainer) -> Steps:
     """Meta-updates and shifts of a trainer, its learners taking no step."""
     run = trainer.meta_step
+    moment, losses = run.moment(run.step), run.theta.new_zeros(len(run.learners))
+    assert moment.due
+    assert moment.carried
 
     def take(count: int) -> None:
         for _ in range(count):
-            run.move_phi(run.mean_gradient(), carried=True)
+            run.meta_update(moment, losses)
 
     return take
 
@@ -66,7 +69,7 @@ def measure_flat(
         trainer = build_trainer(workload, engine="auto", device=device)
         trainer.advance()  # the learners take their rows
         rows, size = trainer.theta.shape
-        traffic = (3 * rows + 2) * size * trainer.theta.element_size()
+        traffic = 2 * (rows + 1) * size * trainer.theta.element_size()
         sides = {"update": timed(flat_update(trainer), device), "copy": timed(copies(traffic, device), device)}
         steps = max(1, round(block / traffic))
         seconds = interleave(sides, steps=steps, rounds=rounds, title=f"flat update, {label}")
@@ -86,7 +89,7 @@ def flat_table(found: Sequence[Flat], where: str) -> Table:
             ]
             for one in found
         ],
-        f"Traffic is what must move: theta once for the mean and twice for the shift, phi twice. {where}",
+        f"Traffic is what must move: theta and phi read and written once. {where}",
     )  # fmt: skip
 
 

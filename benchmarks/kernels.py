@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from trajshift.utils.table import Table
 
 from benchmarks.harness import once
 from benchmarks.report import Claim, Report
@@ -17,6 +16,7 @@ from trajshift.kernels.flat_update import flat_update
 from trajshift.kernels.norm_relu import norm_relu
 from trajshift.kernels.switch import available, eager_kernels, fused_kernels
 from trajshift.rng import repeatable
+from trajshift.utils.table import Table
 
 LIMIT_FLAT = 1.2
 """Times a copy of the same bytes."""

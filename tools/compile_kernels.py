@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trajshift.kernels import conv_kernels, flat_kernels, norm_kernels
-from trajshift.kernels.norm_relu import OTHER_SHAPE, SHAPES
+from trajshift.kernels.norm_relu import PARTIAL, TILE, WARPS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOL = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -73,12 +73,11 @@ def compile_kernel(kernel: Any, warps: int, stages: int = 3, **constants: Any) -
 
 def main() -> None:
     for channels in (16, 32, 64, 512):
-        tile, _, warps = SHAPES.get(channels, OTHER_SHAPE)
-        sums = {"C": channels, "ROWS": tile // channels, "CHUNK": max(1, 4096 // channels)}
-        compile_kernel(norm_kernels.statistics, warps, **sums)
+        sums = {"C": channels, "ROWS": TILE // channels, "CHUNK": PARTIAL // channels}
+        compile_kernel(norm_kernels.statistics, WARPS, **sums)
         compile_kernel(norm_kernels.apply, 4, C=channels, BLOCK=4096, ADD=True)
         for added in (True, False):
-            compile_kernel(norm_kernels.gradient_sums, warps, **sums, ADDED=added)
+            compile_kernel(norm_kernels.gradient_sums, WARPS, **sums, ADDED=added)
         compile_kernel(norm_kernels.gradient_of_input, 4, C=channels, BLOCK=4096, MASKED=False)
     for cin, cout in ((16, 16), (32, 32), (3, 16)):
         sizes = {"CIN": cin, "COUT": cout, "CI": max(16, cin), "CO": 16, "BLOCK": 32 if cin > 16 else 64}

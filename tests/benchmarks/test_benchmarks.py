@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import alternatives, gpu, libraries
+from benchmarks import alternatives, gpu, libraries, naive, scaling
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.alternatives import Learners
 from benchmarks.harness import Process, SideFailed, Spread, interleave, ratio, spread
@@ -23,6 +23,7 @@ from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
 from benchmarks.traffic import count
 from benchmarks.workload import META_LR, TINY, build_trainer
+from tests.helpers.sides import sides
 
 OURS = "benchmarks.sides.ours:steps"
 
@@ -57,6 +58,15 @@ def checked(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture
+def nearby(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks whose sides have no process of their own."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for module in (libraries, naive, scaling):
+        monkeypatch.setattr(module, "Process", sides)
+
+
+@pytest.mark.usefixtures("nearby")
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ("gpu", "libraries")])
 def test_it_runs_and_writes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--toy", "--out", str(tmp_path)) == 0
@@ -68,6 +78,7 @@ def test_it_runs_and_writes(name: str, tmp_path: Path, capsys: pytest.CaptureFix
 # -- libraries -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("nearby")
 def test_libraries_that_are_missing_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"higher": "higher is not installed", "torchopt": "torchopt is not installed"}
     monkeypatch.setattr(libraries, "unusable", lambda: reasons)
@@ -77,13 +88,14 @@ def test_libraries_that_are_missing_are_a_row(tmp_path: Path, monkeypatch: pytes
     assert ["higher, unrolled", "-", "higher is not installed", "-", "-"] in rows
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence", 'ignore:"is" with')  # in the source of higher
 @pytest.mark.parametrize("side", list(libraries.SIDES)[1:])
 def test_a_library_takes_a_round(side: str) -> None:
     package = libraries.library(side)
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extra `benchmarks`)")
-    with Process(libraries.SIDES[side], {**TINY.options(), "horizon": 2}) as process:
-        assert process(1) > 0.0
+    with sides(libraries.SIDES[side], {**TINY.options(), "horizon": 2}) as one:
+        assert one(1) > 0.0
 
 
 # -- GPU -------------------------------------------------------------------------------------------------------------
@@ -165,16 +177,16 @@ def test_plain_training_is_the_loop_without_meta_learning() -> None:
 
 
 def test_the_naive_twin_shifts_by_the_mean_displacement() -> None:
-    naive = Naive(TINY)
-    naive.take(2)
-    naive.inner_step()
-    phi = {name: tensor.clone() for name, tensor in naive.phi.items()}
-    theta = {name: torch.stack([one.detach() for one in ones]) for name, ones in naive.thetas.items()}
-    naive.meta_update()
+    twin = Naive(TINY)
+    twin.take(2)
+    twin.inner_step()
+    phi = {name: tensor.clone() for name, tensor in twin.phi.items()}
+    theta = {name: torch.stack([one.detach() for one in ones]) for name, ones in twin.thetas.items()}
+    twin.meta_update()
     for name in phi:
         delta = -META_LR * (phi[name] - theta[name]).mean(0)
-        torch.testing.assert_close(naive.phi[name], phi[name] + delta)
-        for before, after in zip(theta[name], naive.thetas[name], strict=True):
+        torch.testing.assert_close(twin.phi[name], phi[name] + delta)
+        for before, after in zip(theta[name], twin.thetas[name], strict=True):
             torch.testing.assert_close(after.detach(), before + delta)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 
 from tests.helpers import quadratics, toys
 from trajshift import Inner, MetaTrainer, UsageError
+from trajshift.cli.main import main
 from trajshift.experiments.approximation import experiment, shifts
 from trajshift.experiments.approximation.experiment import SETTINGS, UNITS, run_experiment
 from trajshift.experiments.approximation.measure import Laboratory, Prescribed, _norm_of_hessian
@@ -142,7 +141,7 @@ def test_scalar_shift_contracts_by_the_curvature_along_the_shift() -> None:
     direction = np.ones(quadratics.DIMENSION)
     along = np.einsum("i,tij,j->t", direction, a, direction) / (direction @ direction)
     expected = ALPHA * sum(geometric(MU, k) for k in range(1, 21)) * along
-    np.testing.assert_allclose(made.carry.state()["exponents"].numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(made.meta_step.carry.state()["exponents"].numpy(), expected, rtol=1e-9)
     # 20 inner steps of 2 tasks, 2 products of each (a pass and two evaluations a product)
     assert made.meta_step.counters.counts["gradient_evaluations"] == 2 * (20 + 2 * 3)
 
@@ -180,7 +179,7 @@ def test_the_estimates_survive_a_checkpoint(kind: Any, tmp_path: Path) -> None:
     whole, first, second = make(), make(), make()
     toys.run(whole, 15)
     toys.run(first, 12)
-    checkpoint.load(checkpoint.save(tmp_path, first), second)
+    checkpoint.load(checkpoint.save(tmp_path, first.meta_step), second.meta_step)
     toys.run(second, 15)
     assert torch.equal(whole.theta, second.theta)
     assert not torch.equal(whole.theta, toys_with_identity())
@@ -325,7 +324,9 @@ def test_the_caption_of_slopes_says_which_k_were_fitted() -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("approximation")
-    run_experiment(out, plan=TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "cores", lambda: 1)
+        run_experiment(out, plan=TINY)
     return out
 
 
@@ -410,6 +411,7 @@ def test_settings_of_a_command_that_measured_nothing_do_not_bind(
     assert json.loads((tmp_path / SETTINGS).read_text())["recipe"]["model"]["options"]["width"] == 8
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_where_nothing_can_be_written_is_named(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot write to /proc/x: .*; choose another --out"):
         run_experiment(Path("/proc/x"), plan=TINY)
@@ -443,9 +445,13 @@ UNUSED = "this experiment does not use it, only tasks, train_on, data, model, he
         (["model.option.width=3"], "digits.yaml: unknown field 'option' in model; did you mean 'options'?"),
     ],
 )
-def test_the_command_names_what_is_wrong(words: list[str], sentence: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trajshift", "experiment", "approximation-error", *words]
-    said = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert said.returncode == 2
-    assert said.stderr == f"trajshift: {sentence}\n"
+def test_the_command_names_what_is_wrong(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["trajshift", "experiment", "approximation-error", *words, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"trajshift: {sentence}\n"
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import hub
+from tests.helpers.jobs import run_jobs_here
 from trajshift import models
 from trajshift.algorithm.methods import METHODS
 from trajshift.cli.main import main
@@ -26,13 +27,14 @@ from trajshift.runs import worker
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.evaluation_rows import collect
 from trajshift.runs.job import Job
-from trajshift.runs.pool import run_jobs
 
 pytest.importorskip("datasets")
 pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 PIXELS = 8
+WIDTH = 2
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 own = {"size": PIXELS}
                 prepare_cache(entry.name, folder / "data", copy=folder / entry.name, overrides=own, quiet=True)
     x = torch.zeros(2, 3, PIXELS, PIXELS, dtype=torch.uint8)
-    network = models.build_model("resnet18", image_task("a", (x, torch.arange(2)), outputs=2))
-    torch.save(network.state_dict(), folder / "resnet18.pth")
+    network = models.build_model("resnet20", image_task("a", (x, torch.arange(2)), outputs=2), width=WIDTH)
+    torch.save(network.state_dict(), folder / "weights.pth")
     return folder
+
+
+def small(root: Path, recipe: str) -> list[str]:
+    """What makes a recipe's network small, and its weights those of the fixture where it starts from some."""
+    words = [f"data.root={root / 'data'}", "threads=1", f"model={{name: resnet20, options: {{width: {WIDTH}}}}}"]
+    return words + ([f"initialization={root / 'weights.pth'}"] if recipe.startswith("imagenet") else [])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -61,19 +69,21 @@ def test_every_experiment_runs(
     name: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = EXPERIMENTS[name]
-    own = ["initialization=" + str(root / "resnet18.pth")] if published.study.recipe.startswith("imagenet") else []
-    words = ["experiment", name, f"data.root={root / 'data'}", "threads=1", *own]
-    out = root / published.study.recipe
+    recipe = published.study.recipe
+    words = ["experiment", name, *small(root, recipe)]
+    out = root / recipe
     words += ["--scale", "check", "--seeds", "1", "--jobs", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["trajshift", *words])
+    if name != "images-ablation":  # which has a process of its own, as all have outside tests
+        monkeypatch.setattr("trajshift.experiments.images.run.run_jobs", run_jobs_here)
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "failed" not in said
-    jobs = experiment_jobs(name, scale="check", seeds=1, overrides=[f"data.root={root / 'data'}", *own], out=out)
+    jobs = experiment_jobs(name, scale="check", seeds=1, overrides=small(root, recipe), out=out)
     rows, _ = collect([job.path for job in jobs])
-    start = "initial weights" if own else "scratch"
+    start = "initial weights" if recipe.startswith("imagenet") else "scratch"
     assert len({row.label for row in rows}) == len(jobs) + 1
     assert {row.target for row in rows if row.label == start} == set(jobs[0].recipe.targets)
     assert not any(row.error for row in rows)
@@ -116,7 +126,7 @@ def test_the_published_settings() -> None:
             method = METHODS[recipe.method]
             if recipe.horizon == 1000 and not method.joint:
                 default = method.default_meta_lr(recipe.horizon, method.meta_every or 1)
-                rates[name.partition("-")[0], recipe.method] = recipe.meta_lr or default
+                rates[name.partition("-")[0], recipe.method] = recipe.meta.lr or default
     assert rates["images", "trajectory-shifting"] == 0.01
     assert rates["images", "reptile"] == 1
     assert rates["images", "leap"] == 0.1
@@ -144,13 +154,13 @@ def test_rates_of_sweeps_replace_the_published_ones(tmp_path: Path) -> None:
     tuned = read_tuned(files, "images-meta-train", 1000)
     assert [note.partition(":")[0] for note in tuned.notes] == ["mtl"]
     jobs = experiment_jobs("images-meta-train", seeds=1, tuned=tuned)
-    rates = {job.recipe.method: (job.recipe.meta_lr, job.recipe.inner.lr) for job in jobs}
+    rates = {job.recipe.method: (job.recipe.meta.lr, job.recipe.inner.lr) for job in jobs}
     assert rates["reptile"] == (3, 0.01)
     assert rates["mtl"] == (None, 0.1)
     assert rates["leap"] == (None, 0.01)
     assert {(job.recipe.rounds, job.recipe.finetune.steps) for job in jobs} == {(200, 1000)}
     jobs = experiment_jobs("images-horizon", seeds=1, tuned=tuned)
-    by_horizon = {job.recipe.horizon: job.recipe.meta_lr for job in jobs if job.recipe.method == "reptile"}
+    by_horizon = {job.recipe.horizon: job.recipe.meta.lr for job in jobs if job.recipe.method == "reptile"}
     assert by_horizon == {10: 1, 100: 1, 1000: 3}
 
 
@@ -188,7 +198,7 @@ def test_images_horizon_takes_a_sweep_at_the_horizon_of_its_scale(
     choice = {"reptile": {"meta_lr": "3"}}
     with pytest.raises(UsageError, match="stopped"):
         run(tuned=[swept(tmp_path / "two", choice, horizon=2)])
-    assert {job.recipe.horizon: job.recipe.meta_lr for job in made if job.recipe.method == "reptile"} == {
+    assert {job.recipe.horizon: job.recipe.meta.lr for job in made if job.recipe.method == "reptile"} == {
         1: 1,
         2: 3,
         4: 1,
@@ -277,9 +287,10 @@ def test_what_compares_unequally_is_noted(
         run(tuned=[swept(tmp_path / "none", {"anil": {"meta_lr": "3"}})])
 
 
-def test_a_page_shows_the_sizes_of_its_own_experiment(root: Path, tmp_path: Path) -> None:
+def test_a_page_shows_the_sizes_of_its_own_experiment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """imagenet-few-data leaves more sizes in the runs that imagenet-continue takes up."""
-    words = [f"data.root={root / 'data'}", f"initialization={root / 'resnet18.pth'}", "threads=1"]
+    monkeypatch.setattr("trajshift.experiments.images.run.run_jobs", run_jobs_here)
+    words = small(root, "imagenet-continue")
     run = partial(run_published, scale="check", seeds=1, overrides=words, workers=1, out=root / "imagenet-continue")
     run("imagenet-few-data")
     page = run("imagenet-continue").read_text()
@@ -291,10 +302,10 @@ def test_runs_that_fail_end_the_command_with_an_error_and_are_on_the_page(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(jobs: Sequence[Job], **options: Any) -> dict[Path, UsageError]:
-        return {**run_jobs(jobs[:-1], **options), jobs[-1].path: UsageError("it broke")}
+        return {**run_jobs_here(jobs[:-1], **options), jobs[-1].path: UsageError("it broke")}
 
     monkeypatch.setattr("trajshift.experiments.images.run.run_jobs", failing)
-    words = [f"data.root={root / 'data'}", "threads=1"]
+    words = small(root, "images-meta-train")
     with pytest.raises(UsageError, match=r"1 of 4 runs failed .*: it broke"):
         run_published(
             "images-ablation", scale="check", seeds=1, overrides=words, workers=1, out=root / "images-meta-train"

@@ -19,7 +19,7 @@ def built(name: str) -> nn.Module:
     torch.manual_seed(1)
     task = Task(name="task", train=None, outputs=5, input_shape=(3, 8, 8))
     residual = name == "residual"
-    module = SmallResNet(task, blocks=1, width=16) if residual else models.build(name, task, width=16, depth=2)
+    module = SmallResNet(task, blocks=1, width=16) if residual else models.build_model(name, task, width=16, depth=2)
     return module.to(DEVICE, memory_format=torch.channels_last)
 
 

@@ -7,7 +7,7 @@ import torch
 from benchmarks.traffic import launches
 from tests.helpers.kernels import DEVICE, distance
 from tests.training.test_cuda_graph import tasks
-from trajshift import Inner, MetaTrainer
+from trajshift import Execution, Inner, MetaTrainer
 from trajshift.kernels.switch import eager_kernels
 from trajshift.models.resnet import SmallResNet
 
@@ -21,16 +21,18 @@ def trainer(method: str) -> MetaTrainer:
         rounds=5,
         batch_size=3,
         inner=Inner(lr=0.01),
-        device=DEVICE,
-        engine="loop",
+        execution=Execution(device=DEVICE, engine="loop"),
     )
 
 
 def test_a_step_is_near_pytorchs() -> None:
-    fused, plain = trainer("trajectory-shifting"), trainer("trajectory-shifting")
+    fused = trainer("trajectory-shifting")
+    with eager_kernels():
+        plain = trainer("trajectory-shifting")
+    assert [fused.describe()["kernels"], plain.describe()["kernels"]] == ["fused", "eager"]
     with launches() as launched:
         ours = fused.advance().losses
-    with eager_kernels(), launches() as none:
+    with launches() as none:
         theirs = plain.advance().losses
     assert launched
     assert not none

@@ -39,7 +39,7 @@ def plain_network(module: nn.Module, x: Tensor) -> Tensor:
 
 def built(name: str, layout: torch.memory_format) -> nn.Module:
     torch.manual_seed(1)
-    module = models.build(name, Task(name="task", train=None, outputs=5, input_shape=(3, 16, 16)))
+    module = models.build_model(name, Task(name="task", train=None, outputs=5, input_shape=(3, 16, 16)))
     return module.to(memory_format=layout)
 
 

@@ -192,6 +192,7 @@ def test_tables_are_saved_as_numbers_and_as_text(runs: list[Path], page: Path) -
     assert (folder / "inner_steps.md").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_gains_are_paired_with_the_start_of_the_same_seed(tmp_path: Path) -> None:
     path = make_run(tmp_path, "reptile", 0)
     write_report([path])
@@ -221,6 +222,7 @@ def test_the_same_files_give_the_same_bytes(runs: list[Path], page: Path, tmp_pa
         assert figure.read_bytes() == (tmp_path / "report-figures" / figure.name).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_run_with_one_seed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0, checkpoints=False, sizes=(None,))
     page = write_report([run])
@@ -232,6 +234,7 @@ def test_one_run_with_one_seed(tmp_path: Path) -> None:
     assert reader.tags.count("figure") == 4
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_without_evaluation_or_metrics_say_what_is_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0)
     (run / "evaluation.jsonl").unlink()
@@ -246,6 +249,7 @@ def test_runs_without_evaluation_or_metrics_say_what_is_missing(tmp_path: Path) 
     assert "figure" not in reader.tags
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_half_written_rows_are_tolerated(tmp_path: Path) -> None:
     run = make_run(tmp_path, "reptile", 0, checkpoints=False, sizes=(None,))
     before = write_report([run]).read_bytes()
@@ -255,6 +259,7 @@ def test_half_written_rows_are_tolerated(tmp_path: Path) -> None:
     assert write_report([run]).read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
     whole, half, bare = (make_run(tmp_path, "reptile", seed) for seed in range(3))
     rows = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -269,6 +274,7 @@ def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
     assert "reptile-0 is" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_page_may_show_some_sizes_alone(runs: list[Path], tmp_path: Path) -> None:
     _, text = read(write_report(runs, tmp_path, train_images=[20]))
     assert "20 training images" in text
@@ -276,6 +282,7 @@ def test_a_page_may_show_some_sizes_alone(runs: list[Path], tmp_path: Path) -> N
     assert not (tmp_path / "report-figures" / "few_data.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_methods_that_the_first_table_lacks_are_named(tmp_path: Path) -> None:
     paths = [make_run(tmp_path, "reptile", 0, sizes=(None,)), make_run(tmp_path, "no-shifting", 0, sizes=(20,))]
     (paths[1] / "evaluation.jsonl").write_text(
@@ -287,6 +294,7 @@ def test_methods_that_the_first_table_lacks_are_named(tmp_path: Path) -> None:
     assert "not in the first table" not in read(write_report(paths[:1]))[1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
     paths = []
     for horizon, gain in ((50, 0.0), (100, 0.1)):
@@ -309,6 +317,7 @@ def test_the_horizon_is_an_axis(tmp_path: Path) -> None:
     assert (folder / "horizon.svg").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_like_fine_tunings_lie_on_one_curve(tmp_path: Path) -> None:
     """The ends were fine-tuned again in another way, the checkpoints were not."""
     path = make_run(tmp_path, "reptile", 0, sizes=(None,))
@@ -320,6 +329,7 @@ def test_only_like_fine_tunings_lie_on_one_curve(tmp_path: Path) -> None:
     assert not (path / "report-figures" / "inner_steps.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_gain_without_its_start_is_no_gain(tmp_path: Path) -> None:
     path = make_run(tmp_path, "reptile", 0)
     for row in read_jsonl(path / "evaluation.jsonl"):

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.helpers.deaths import Death, train
 from tests.helpers.processes import start, start_ranks, wait
@@ -177,11 +176,8 @@ def test_a_run_moves_between_one_and_two_ranks(alone: Path, tmp_path: Path) -> N
 
 def test_the_choice_of_kernels_is_that_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run of a version that had no fused kernels resumes without them."""
-    monkeypatch.setattr("trajshift.runs.train.available", lambda device: True)
-    device = torch.device("cpu")
-    assert kernels_of(tmp_path, device, resumed=False) == "fused"
-    assert kernels_of(tmp_path, device, resumed=True) == "eager"
+    assert kernels_of(tmp_path) == "eager"
     choices = tmp_path / "choices.json"
     for kept, expected in (('{"engine": "loop"}', "eager"), ('{"kernels": "fused"}', "fused")):
         choices.write_text(kept)
-        assert kernels_of(tmp_path, device, resumed=True) == expected
+        assert kernels_of(tmp_path) == expected

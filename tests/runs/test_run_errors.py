@@ -25,6 +25,7 @@ from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.recipes.recipe import load
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.train import Signals, train
+from trajshift.settings import SHORT_NAMES
 from trajshift.training import checkpoint
 
 TINY = [
@@ -166,7 +167,8 @@ REFUSED = [
 def test_other_changes_are_refused_by_name(change: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = results(whole)
     status, told = command(capsys, "train", str(whole), change, "--resume", "--quiet")
-    field, _, value = change.partition("=")
+    name, _, value = change.partition("=")
+    field = SHORT_NAMES.get(name, name)
     assert status == 2
     assert told.startswith(f"trajshift: {whole} was started with another recipe: {field.partition('.options')[0]}")
     assert value.strip("[]") in told.lower()

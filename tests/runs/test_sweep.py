@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.jobs import run_jobs_here
 from trajshift.errors import UsageError
 from trajshift.runs.evaluation_rows import read_evaluation
 from trajshift.runs.job import Job
@@ -95,8 +96,11 @@ def values_of(folder: Path) -> dict[str, float | None]:
 QUICK = ("horizon=4", "rounds=1", "finetune.steps=2", "output.tensorboard=false", "threads=1")
 
 
-def test_finished_runs_are_scored_on_the_tasks_of_the_day(recipe: str, tmp_path: Path) -> None:
+def test_finished_runs_are_scored_on_the_tasks_of_the_day(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same runs on another tuning task, then on the first one again: what was computed is found."""
+    monkeypatch.setattr("trajshift.runs.sweep.run_jobs", run_jobs_here)
     run = partial(run_sweep, recipe, output=tmp_path / "out", jobs=1)
     run(["inner.lr=0.01,0.02", *QUICK])
     first = values_of(tmp_path / "out")
@@ -168,7 +172,7 @@ def test_a_seed_is_extended_with_the_others() -> None:
 def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) -> None:
     grid = parse_grid(["method=reptile,mtl", "meta_lr=1,2", f"data.root={tmp_path}"])
     jobs = grid_jobs(recipe, grid, points_of(grid), tmp_path)
-    made = [(job.recipe.method, job.recipe.meta_lr) for job in jobs.values()]
+    made = [(job.recipe.method, job.recipe.meta.lr) for job in jobs.values()]
     assert made == [("reptile", 1), ("mtl", None), ("reptile", 2)]
     # named by what differs: the folder of the data would make a name too long for the disk
     assert [job.path.name for job in jobs.values()] == [
@@ -177,7 +181,7 @@ def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) 
         "meta_lr=2,method=reptile",
     ]
     without = parse_grid(["method=reptile,mtl"])
-    assert [job.recipe.meta_lr for job in grid_jobs(recipe, without, points_of(without), tmp_path).values()] == [
+    assert [job.recipe.meta.lr for job in grid_jobs(recipe, without, points_of(without), tmp_path).values()] == [
         0.5,
         None,
     ]

@@ -205,7 +205,7 @@ def test_recipes_name_a_gauge_and_a_carry(trained: Callable[..., MetaTrainer]) -
     made = trained(
         "output.error_every=2", "carry=tests.training.test_approximation_error:Half", "train_on=[upright,parity]"
     )
-    assert isinstance(made.carry, Half)
+    assert isinstance(made.meta_step.carry, Half)
     for _ in made:
         pass
     assert [row["k"] for row in made.metrics()["approximation_errors"]] == [2, 4]

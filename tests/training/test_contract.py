@@ -30,14 +30,15 @@ from trajshift.training.checkpoint import load, save
 from trajshift.training.engines import choose
 from trajshift.training.engines.cuda_graph import Graph
 from trajshift.training.engines.loop import Engine
+from trajshift.training.step import MetaStep
 
 every_preset = pytest.mark.parametrize("method", METHODS)
 Dropout = partial(ConvNet, dropout=0.4)
 
 
-def recorded(trainer: MetaTrainer) -> Engine | str:
+def recorded(step: MetaStep) -> Engine | str:
     """The graph engine on the CPU, where nothing is in its way."""
-    return Graph.obstacle(trainer.meta_step) or choose._draws(trainer.meta_step) or Graph(Recorder())
+    return Graph.obstacle(step) or choose._draws(step) or Graph(Recorder())
 
 
 @pytest.fixture(autouse=True, params=["loop", "parallel", "graph"])

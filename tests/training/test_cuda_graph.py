@@ -205,7 +205,7 @@ def test_learners_with_large_batches_run_one_after_another(monkeypatch: pytest.M
     batch = 5 * (3 * 9 * 9 + 8)  # a label has 8 bytes
     for small, lanes in ((batch, LANES), (batch - 1, 1)):
         monkeypatch.setattr("trajshift.training.engines.cuda_graph.SMALL", small)
-        assert lanes_for(trainer("loop")) == lanes
+        assert lanes_for(trainer("loop").meta_step) == lanes
 
 
 def test_cudnn_takes_repeatable_algorithms_for_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     ids=str,
 )
 def test_what_cannot_be_recorded_says_why(options: dict[str, Any], reason: str | None) -> None:
-    found = Graph.obstacle(trainer("loop", **options))
+    found = Graph.obstacle(trainer("loop", **options).meta_step)
     assert found is None if reason is None else reason in str(found)
 
 
@@ -300,8 +300,8 @@ def test_sources_must_lie_on_the_device() -> None:
     plain = make("trajectory-shifting", image_tasks((2, 3)), partial(ConvNet))
     assert Graph.obstacle(plain.meta_step) is None
     listed = [Task(name="list", train=[(torch.zeros(1, 6, 6).double(), 0)] * 6, outputs=2)]
-    assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed)))
+    assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed).meta_step))
     own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
-    assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own)))
+    assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own).meta_step))
     with pytest.raises(UsageError, match="engine graph cannot run this: it is for CUDA and the device is cpu"):
         choose_engine("graph", plain.meta_step)

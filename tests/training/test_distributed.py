@@ -227,9 +227,9 @@ def go_wrong(folder: Path) -> None:
     checkpoint.save(folder / "changed-tasks", moved.meta_step)
     if rank == 1:
         (folder / "full").write_text("a file is in the way of the folder")
-    moved.world.barrier()
+    moved.meta_step.world.barrier()
     said["full"] = sentence(lambda: checkpoint.save(folder / "full", moved.meta_step))
-    said["any"] = [moved.world.any(rank == 1), moved.world.any(False)]
+    said["any"] = [moved.meta_step.world.any(rank == 1), moved.world.any(False)]
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
 
 

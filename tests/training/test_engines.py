@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tests.helpers.learners import ConvNet, SideBySide, Text, everything, image_tasks, make, run, same_bits, text_tasks
@@ -19,6 +19,7 @@ from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel
+from trajshift.training.step import MetaStep
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,13 @@ def two_threads() -> Iterator[None]:
 class OneThread(Engine):
     """The loop with one thread."""
 
-    running = Parallel.running
+    def step(self, run: MetaStep) -> tuple[Tensor, bool]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().step(run)
+        finally:
+            torch.set_num_threads(before)
 
 
 MIXES: list[dict[str, Any]] = [
@@ -155,7 +162,7 @@ def test_auto_says_why_it_stays_with_the_loop() -> None:
 @pytest.mark.parametrize(
     ("engine", "model", "sentence"),
     [
-        ("paralel", ConvNet, "unknown engine 'paralel'; did you mean 'parallel'"),
+        ("paralel", ConvNet, "engine is 'paralel', which is unknown; did you mean 'parallel'"),
         ("parallel", partial(ConvNet, dropout=0.1), "engine parallel cannot run this: the model of task 'images0'"),
     ],
 )

@@ -15,7 +15,9 @@ _MOST_ROWS = 32
 """The most rows for which the kernel's loops over rows are unrolled."""
 
 
-def flat_update(theta: Tensor, phi: Tensor, weights: Tensor, lr: float, *, shift: bool) -> tuple[Tensor, Tensor]:
+def flat_update(
+    theta: Tensor, phi: Tensor, weights: Tensor, lr: float | Tensor, *, shift: bool
+) -> tuple[Tensor, Tensor]:
     """phi += delta and, with `shift`, theta += delta, for delta = -lr sum_t w_t (phi - theta_t) (Algorithm 2).
 
     Args:
@@ -40,7 +42,7 @@ def flat_update(theta: Tensor, phi: Tensor, weights: Tensor, lr: float, *, shift
     return torch.linalg.vector_norm(delta), sums
 
 
-def _fused(theta: Tensor, phi: Tensor, weights: Tensor, lr: float, shift: bool) -> tuple[Tensor, Tensor]:
+def _fused(theta: Tensor, phi: Tensor, weights: Tensor, lr: float | Tensor, shift: bool) -> tuple[Tensor, Tensor]:
     from trajshift.kernels import flat_kernels as kernels
 
     rows, size = theta.shape

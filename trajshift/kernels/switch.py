@@ -16,6 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+FUSED, EAGER = "fused", "eager"
+"""What a run calls its choice."""
+
 _enabled = True
 
 
@@ -37,8 +40,13 @@ def eager_kernels() -> AbstractContextManager[None]:
 
 
 def may_fuse(x: Tensor) -> bool:
-    """Whether a fused kernel may take this tensor: switched on, on a GPU for which Triton compiles."""
-    return _enabled and available(x.device)
+    """Whether a fused kernel may take this tensor."""
+    return fused_on(x.device)
+
+
+def fused_on(device: torch.device) -> bool:
+    """Whether fused kernels run on a device: switched on, on a GPU for which Triton compiles."""
+    return _enabled and available(device)
 
 
 def available(device: torch.device) -> bool:

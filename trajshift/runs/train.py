@@ -21,7 +21,7 @@ import torch
 from trajshift.data.loader import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.kernels.switch import available, fused_kernels
+from trajshift.kernels.switch import EAGER
 from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory
@@ -33,7 +33,6 @@ from trajshift.utils.environment import environment
 from trajshift.utils.files import disk_errors
 from trajshift.utils.progress import Progress
 
-FUSED, EAGER = "fused", "eager"
 POLL_EVERY = 5
 """Inner steps between the ranks' agreements on whether any of them received a signal."""
 
@@ -69,13 +68,8 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
             directory.unlock()
 
 
-def kernels_of(path: Path, device: torch.device, *, resumed: bool) -> str:
-    """`fused` or `eager`, chosen when a run starts and kept in its choices.json, as the two differ in the last bits.
-
-    A run of a version that had no fused kernels resumes without them.
-    """
-    if not resumed:
-        return FUSED if available(device) else EAGER
+def kernels_of(path: Path) -> str:
+    """The kernels, `fused` or `eager`, that a run began with; one of a version without fused kernels keeps to eager."""
     try:
         return str(json.loads((path / "choices.json").read_text(encoding="utf-8")).get("kernels", EAGER))
     except (OSError, ValueError):
@@ -102,7 +96,8 @@ class _Run:
         self._lock()
         self.recipe = with_threads(recipe, set_threads(world, recipe.execution.threads))
         self.trainer = build_trainer(self.recipe)
-        self.kernels = kernels_of(directory.path, self.trainer.device, resumed=self.old is not None)
+        if self.old is not None:
+            self.trainer.kernels = kernels_of(directory.path)
         self.fingerprint = fingerprint(self.recipe)
         self.seconds = 0.0
         self.board: Any = None
@@ -112,8 +107,7 @@ class _Run:
         self._resume()
         if self.first:
             self.directory.write_recipe(self.recipe)
-            choices = {**self.trainer.describe(), "kernels": self.kernels}
-            self.directory.write_environment(self._environment(), choices)
+            self.directory.write_environment(self._environment(), self.trainer.describe())
             self.seconds = self.directory.seconds()
             self.board = self._tensorboard()
         title = f"{self.directory.path.name} ({self.trainer.method.name})"
@@ -123,8 +117,7 @@ class _Run:
             Progress(title, self.trainer.total_steps, start=self.trainer.step, enabled=show) as progress,
         ):
             self._announce(progress)
-            with fused_kernels(self.kernels == FUSED):
-                stopped = self._loop(signals, progress)
+            stopped = self._loop(signals, progress)
         if self.board is not None:
             self.board.close()
         complete = self.trainer.step >= self.trainer.total_steps

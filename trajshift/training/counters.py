@@ -60,18 +60,21 @@ class Counters:
         if not self._replaying:
             self.loss_count = [count + 1 for count in self.loss_count]
 
-    def inner_step(self, losses: Tensor, theta: Tensor, step: int | Tensor) -> None:
-        """The step led from losses `[T]` to theta `[T, P]`; `step` counts scheduled steps from 1. Only tensors move."""
+    def inner_step(self, losses: Tensor, row_sums: Tensor, step: int | Tensor) -> None:
+        """The step led from losses `[T]` to rows of theta with these sums `[T]`; `step` counts scheduled steps from 1.
+
+        Only tensors move.
+        """
         # theta too: an overflowing gradient corrupts it, and through phi all others, before the next loss shows it.
-        bad = ~(torch.isfinite(losses) & torch.isfinite(theta.sum(1))) & (self.first_bad_step < 0)
+        bad = ~(torch.isfinite(losses) & torch.isfinite(row_sums)) & (self.first_bad_step < 0)
         # not masked_fill_, which reads a tensor's value on the host
         self.first_bad_step.copy_(torch.where(bad, step, self.first_bad_step))
         if not self._replaying:
             self.loss_sum += losses
 
-    def meta_update(self, delta: Tensor) -> None:
-        """phi moved by delta `[P]`."""
-        self.update_norm.copy_(torch.linalg.vector_norm(delta))
+    def meta_update(self, norm: Tensor) -> None:
+        """phi moved by a delta of this norm, a scalar."""
+        self.update_norm.copy_(norm)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trajshift.algorithm.carries import Carry
-from trajshift.algorithm.meta_gradients import MetaGradient
+from trajshift.algorithm.carries import Carry, Hold, Shift
+from trajshift.algorithm.meta_gradients import Displacement, MetaGradient
 from trajshift.algorithm.methods import ResolvedMethod
 from trajshift.algorithm.protocols import Product
 from trajshift.distributed import World
+from trajshift.kernels.flat_update import flat_update
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.initialization import Initialization
@@ -27,7 +28,7 @@ from trajshift.learners.parameter_matrix import Layout
 from trajshift.settings import Inner
 from trajshift.task import Batch
 from trajshift.training.counters import Counters
-from trajshift.training.meta_optimizer import MetaOptimizer
+from trajshift.training.meta_optimizer import MetaOptimizer, PlainMetaStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +213,15 @@ class MetaStep:
         self.count()
         if self.observer is not None:
             self.observer.look(self)
-        return losses, self.meta_update(moment)
+        return losses, self.meta_update(moment, losses)
 
     def inner_step(self, moment: Moment, run: Runner) -> Tensor:
         """theta_k <- theta_{k-1} - alpha grad L_k(theta_{k-1}) for every task (line 9); the losses `[T]`."""
         if self.method.joint:
             self.meta_optimizer.lr = moment.lr
         losses = run(self, moment)
-        self.counters.inner_step(losses, self.theta, moment.number)
+        if not self._is_flat(moment):  # a flat update sums the rows on its way
+            self.counters.inner_step(losses, self.theta.sum(1), moment.number)
         self.meta_gradient.observe(self.theta, losses, self.gradients)
         return losses
 
@@ -258,11 +260,18 @@ class MetaStep:
 
     # -- the meta-update -------------------------------------------------------------------------------------
 
-    def meta_update(self, moment: Moment) -> bool:
+    def meta_update(self, moment: Moment, losses: Tensor) -> bool:
         """phi <- phi - beta * mean MetaGrad (lines 11 to 13) if it is due; whether phi moved.
 
-        With `overlap` the ranks sum it during the next inner step, after which phi follows.
+        With `overlap` the ranks sum it during the next inner step, after which phi follows. `losses` are those of
+        the inner step.
         """
+        if self._is_flat(moment):
+            shift = moment.carried and isinstance(self.carry, Shift)
+            norm, row_sums = flat_update(self.theta, self.phi, self.active.weights, self.meta_optimizer.lr, shift=shift)
+            self.counters.inner_step(losses, row_sums, moment.number)
+            self.counters.meta_update(norm)
+            return True
         moved = self.pending is not None
         if self.pending is not None:
             self.move_phi(self.pending(), carried=True)
@@ -275,6 +284,19 @@ class MetaStep:
                 self.move_phi(self.world.sum_(gradient), carried=moment.carried)
                 moved = True
         return moved
+
+    def _is_flat(self, moment: Moment) -> bool:
+        """Whether a meta-update follows that is one pass over theta: mean displacement, plain step, shift or hold."""
+        return (
+            moment.due
+            and type(self.meta_gradient) is Displacement
+            and isinstance(self.meta_optimizer, PlainMetaStep)
+            and type(self.carry) in (Shift, Hold)
+            and not self.stays_at_phi
+            and self.world.size == 1
+            and not self.overlap
+            and not any(learner.has_state_to_shift for learner in self.learners)
+        )
 
     def passes(self) -> ExtraPasses:
         """What the meta-gradient sees: the learners as they are, and passes that do not change them."""
@@ -290,7 +312,7 @@ class MetaStep:
     def move_phi(self, gradient: Tensor, *, carried: bool) -> None:
         """phi follows a mean meta-gradient `[P]` (line 12), and theta follows phi if it continues (line 13)."""
         delta = self.meta_optimizer.step(self.phi, gradient)
-        self.counters.meta_update(delta)
+        self.counters.meta_update(torch.linalg.vector_norm(delta))
         if carried:
             self.carry(self, delta)
             self.meta_gradient.carried(self.theta)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trajshift.algorithm.methods import Method, ResolvedMethod
 from trajshift.distributed import World, set_threads
 from trajshift.errors import UsageError
+from trajshift.kernels.switch import EAGER, FUSED, fused_kernels, fused_on
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.initialization import Initialization
 from trajshift.learners.inner_optimizer import optimizer_class
@@ -152,6 +153,8 @@ class MetaTrainer:
             autocast=choose_autocast(execution.autocast), grad_clip=inner.grad_clip, overlap=execution.overlap,
             renew=choose_renewals(renew), observer=error_meter,
         )  # fmt: skip
+        self.kernels = FUSED if fused_on(device) else EAGER
+        """`fused` or `eager`: they differ in the last bits, so a resumed run takes what it began with."""
         self._asked = execution.engine
         self.engine = choose_engine(self._asked, self.meta_step)
         world.same(self.initialization.digest(), "the first phi")
@@ -234,7 +237,7 @@ class MetaTrainer:
     def advance(self) -> Event:
         """One inner step of all learners, and the meta-update if one is due (Algorithm 2, lines 6 to 13)."""
         run = self.meta_step
-        with repeatable(run.device):
+        with repeatable(run.device), fused_kernels(self.kernels == FUSED):
             if run.k == 0:
                 run.begin_round()
                 self.engine.begin(run)
@@ -264,6 +267,7 @@ class MetaTrainer:
             "engine": self.engine.name,
             **({"engine_because": self.engine.why} if self.engine.why else {}),
             "channels_last": blueprint.channels_last,
+            "kernels": self.kernels,
         }
 
     # -- metrics and tasks -----------------------------------------------------------------------------------

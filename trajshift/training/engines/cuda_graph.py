@@ -296,8 +296,7 @@ class Graph(Engine):
 
         def body() -> None:
             clock.read()
-            run.inner_step(recorded, self._side_by_side)
-            run.meta_update(recorded)
+            run.meta_update(recorded, run.inner_step(recorded, self._side_by_side))
             clock.advance()
 
         return body
