@@ -190,7 +190,8 @@ class Learner:
     @property
     def has_state_to_shift(self) -> bool:
         """Whether the optimizer keeps state that lives in parameter space, which `shift_state` moves."""
-        return any(not PARAMETER_SPACE_STATE.isdisjoint(kept) for kept in self.optimizer.state.values())
+        kept = next((state for state in self.optimizer.state.values() if state), {})  # all parameters keep the same
+        return not PARAMETER_SPACE_STATE.isdisjoint(kept)
 
     def shift_state(self, delta: Mapping[str, Tensor]) -> None:
         """Moves optimizer state that lives in parameter space (averages, anchors) by delta."""
