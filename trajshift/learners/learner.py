@@ -190,7 +190,8 @@ class Learner:
     @property
     def has_state_to_shift(self) -> bool:
         """Whether the optimizer keeps state that lives in parameter space, which `shift_state` moves."""
-        kept = next((state for state in self.optimizer.state.values() if state), {})  # all parameters keep the same
+        # All parameters have the same kinds of state, once they have any.
+        kept: Mapping[str, Any] = next((state for state in self.optimizer.state.values() if state), {})
         return not PARAMETER_SPACE_STATE.isdisjoint(kept)
 
     def shift_state(self, delta: Mapping[str, Tensor]) -> None:
