@@ -24,7 +24,7 @@ from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
 from benchmarks.workload import TINY, Workload, build_trainer, engine_of, own_bytes
 from trajshift import MetaTrainer
-from trajshift.training.engines.cuda_graph import LANES
+from trajshift.training.engines.recorder import LANES
 from trajshift.utils.progress import duration
 from trajshift.utils.table import Table
 

@@ -20,7 +20,8 @@ from trajshift.models import build_model
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
 from trajshift.training.engines.choose import choose_engine
-from trajshift.training.engines.cuda_graph import LANES, CudaRecorder, Graph, lanes_for, longest_first
+from trajshift.training.engines.cuda_graph import Graph, lanes_for, longest_first
+from trajshift.training.engines.recorder import LANES, CudaRecorder
 
 STEPS = 50
 

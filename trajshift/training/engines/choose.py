@@ -10,9 +10,10 @@ import torch
 
 from trajshift.errors import UsageError, nearest
 from trajshift.settings import ENGINES
-from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
+from trajshift.training.engines.cuda_graph import Graph, lanes_for
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel
+from trajshift.training.engines.recorder import CudaRecorder
 from trajshift.training.step import MetaStep
 from trajshift.utils.cpu_memory import keep_memory
 

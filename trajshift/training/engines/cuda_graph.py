@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,103 +26,18 @@ from trajshift.learners.inner_optimizer import optimizer_for
 from trajshift.learners.learner import Learner
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
+from trajshift.training.engines.recorder import LANES, Body, Recorder
 from trajshift.training.meta_optimizer import PlainMetaStep
 from trajshift.training.step import MetaStep, Moment
 
 AHEAD = 128
 """Steps for which indices, augmentation and learning rates are put on the device at once."""
-LANES = 8
-"""Streams on which learners run side by side. On one H200 the paper's eight tasks take 21.2 ms on 8, 22.6 on 4, 40.6
-on one (results/speed)."""
 SMALL = 4_000_000
 """Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they run side by side. A
 larger one fills the device by itself, and every lane keeps the activations of its own learner. An estimate, not
 measured."""
 _WARMUP = 3
 """Steps taken without recording whenever addresses have changed."""
-
-Body = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Records device work without doing it."""
-
-    lanes: int
-    """How many lanes there are."""
-
-    def record(self, body: Body) -> Body:
-        """Returns a function that does the work of `body` when called; recording calls `body` but does not do its work.
-
-        Raises:
-            RuntimeError: the body waits for the device, or does something else that cannot be recorded.
-        """
-        ...
-
-    def forget(self) -> None:
-        """Discards all recordings."""
-        ...
-
-    def warm(self) -> AbstractContextManager[None]:
-        """Surrounds a step that is not recorded."""
-        ...
-
-    def lane(self, number: int) -> AbstractContextManager[None]:
-        """Work inside may run at the same time as that of other lanes."""
-        ...
-
-    def join(self) -> None:
-        """What follows waits for all lanes."""
-        ...
-
-
-class CudaRecorder:
-    """CUDA graphs that share one memory pool, over several streams."""
-
-    def __init__(self, device: torch.device, lanes: int = LANES) -> None:
-        self._device = device
-        self.forget()
-        self.lanes = lanes
-        self._lanes = [torch.cuda.Stream(device) for _ in range(lanes)]
-        self._used: set[int] = set()
-        self._capture = torch.cuda.Stream(device)
-
-    def record(self, body: Body) -> Body:
-        """As `Recorder`."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
-                body()
-        except RuntimeError:
-            torch.cuda.set_stream(stream)  # a recording that fails leaves its own stream current
-            raise
-        return graph.replay
-
-    def forget(self) -> None:
-        """As `Recorder`; a pool of memory whose graphs are gone cannot be used again."""
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def warm(self) -> Iterator[None]:
-        """Runs on the stream that will record, as its first use of libraries must not be recorded."""
-        self._capture.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._capture):
-            yield
-        torch.cuda.current_stream(self._device).wait_stream(self._capture)
-
-    @contextmanager
-    def lane(self, number: int) -> Iterator[None]:
-        """One of the streams."""
-        self._used.add(number)
-        stream = self._lanes[number]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            yield
-
-    def join(self) -> None:
-        """The current stream waits for the lanes used; one that is not part of the recording must not be waited for."""
-        for number in sorted(self._used):
-            torch.cuda.current_stream(self._device).wait_stream(self._lanes[number])
-        self._used.clear()
 
 
 class Clock:
