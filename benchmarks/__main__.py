@@ -30,7 +30,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(help="Measure how fast it is. NAME is:\n\n" + "\n\n".join(f"{n}: {s}" for n, s in BENCHMARKS.items()))
 def run(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Benchmarks to run, or `all`.")],
-    toy: Annotated[bool, typer.Option("--toy", help="As small as can be: a check that it runs, no result.")] = False,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="As small as possible: a check that it runs, not a result.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the results; default results/speed, runs/speed-toy.")
     ] = None,

@@ -33,7 +33,7 @@ TOY = Plan(workloads=(TINY,), compiled=False, rounds=2)
 
 
 def measure(*, toy: bool) -> Report:
-    """Forward and backward passes of all tasks, each way, by turns; one thread."""
+    """Forward and backward passes of all tasks, each way, in turn; one thread."""
     plan = TOY if toy else FULL
     report = Report(title="Alternatives that were not kept (CPU)")
     rows = []

@@ -17,7 +17,7 @@ _COLUMNS = 2
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """A measurement with its interval, and the limit it is held against."""
+    """A measurement with its interval, and the limit it is compared with."""
 
     label: str
     median: float

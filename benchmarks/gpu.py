@@ -1,7 +1,8 @@
 """Everything about one GPU in about five minutes.
 
-The paper's run and its floors, the captured engine against the eager loop and plain training, the fused kernels alone,
-the flat update, memory with T, and ResNet18 at 224. A part that fails is reported as such and the others go on.
+The paper's run and its floors, the captured engine against the eager loop and plain training, the fused kernels by
+themselves, the flat update, memory with T, and ResNet18 at 224. A part that fails is reported as such and the others
+continue.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.sides.ours import advance
 from benchmarks.sides.plain import Plain
 from benchmarks.workload import TINY, Workload, build_trainer, engine_of, own_bytes
 from trajshift import MetaTrainer
-from trajshift.training.engines.cuda_graph import LANES
+from trajshift.training.engines.recorder import LANES
 from trajshift.utils.progress import duration
 from trajshift.utils.table import Table
 
@@ -105,7 +106,7 @@ def measure(*, toy: bool) -> Report | str:
 
 
 def measure_on(device: torch.device, plan: Plan) -> Report:
-    """All parts on a device (tests take the CPU, which tells no memory)."""
+    """All parts on a device (tests use the CPU, which reports no memory)."""
     report = Report(title=f"GPU: {torch.cuda.get_device_name()}" if device.type == "cuda" else "GPU: none")
     parts: dict[str, Callable[[], None]] = {
         "the paper's run": lambda: measure_paper(plan.paper, device, report),
@@ -125,7 +126,9 @@ def measure_on(device: torch.device, plan: Plan) -> Report:
             outcome = f"failed, {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         rows.append([name, outcome, duration(time.perf_counter() - began)])
         for told in (rows[-1], *(claim.cells() for claim in report.claims[before:])):
-            print(*told, sep=" | ", flush=True)  # what is known, should the machine be taken away before the end
+            print(
+                *told, sep=" | ", flush=True
+            )  # so that results so far survive if the machine is taken away before the end
         _release(device)
     caption = "What this benchmark itself took, set-up included; of a part that failed nothing above is complete."
     report.tables.append(Table(["part", "", "wall time"], rows, caption))
@@ -133,7 +136,7 @@ def measure_on(device: torch.device, plan: Plan) -> Report:
 
 
 def _engines(plan: Plan, device: torch.device, report: Report) -> None:
-    """The fastest engine, the eager loop and plain training by turns, in both formats."""
+    """The fastest engine, the eager loop and plain training in turn, in both formats."""
     rows, dots = [], []
     for name, bfloat16 in (("float32", False), ("bfloat16", True)):
         workload = replace(plan.small, bfloat16=bfloat16)
@@ -231,7 +234,7 @@ def _first_steps(workload: Workload, engine: str, device: torch.device) -> tuple
 
 
 def _release(device: torch.device) -> None:
-    """Gives back the memory of trainers that are gone."""
+    """Releases the memory of deleted trainers."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Timing: sides that take steps by turns, and what their ratio is.
+"""Timing: sides that take steps in turn, and their ratio.
 
-A side is a callable `take(steps) -> seconds`. `timed` makes one of code in this process, `Process` of code in a process
-of its own (or several, started by torchrun), whose threads are fixed and whose peak memory is known.
+A side is a callable `take(steps) -> seconds`. `timed` makes one of code in this process, `Process` of code in its own
+process (or several, started by torchrun), whose threads are fixed and whose peak memory is known.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 Steps = Callable[[int], None]
-"""Takes so many steps."""
+"""Takes this many steps."""
 Take = Callable[[int], float]
-"""Takes so many steps and returns the seconds that they took."""
+"""Takes this many steps and returns the seconds that they took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Spread:
 
 
 def once(value: float) -> Spread:
-    """What was measured once."""
+    """A value that was measured once."""
     return Spread(value, value, value, 1)
 
 
@@ -128,7 +128,7 @@ def synchronize(device: torch.device | str) -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Runs a block with so many threads for each operation of PyTorch."""
+    """Runs a block with this many threads for each operation of PyTorch."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -138,19 +138,19 @@ def threads(count: int) -> Iterator[None]:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: `VmRSS`, resident now, or `VmHWM`, the most there ever were."""
+    """Bytes of this process: `VmRSS`, resident now, or `VmHWM`, the peak so far."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise UsageError(f"this system does not tell {field} of a process; memory is measured on Linux")
+    raise UsageError(f"this system does not report {field} of a process; memory is measured on Linux")
 
 
 class SideFailed(RuntimeError):
-    """A side in a process of its own stopped with an error; its text is the error's."""
+    """A side in its own process stopped with an error; its text is the error's."""
 
 
 class Process:
-    """A side in a process of its own, or one in each of `ranks` processes that torchrun starts; use it in a `with`.
+    """A side in its own process, or one in each of `ranks` processes that torchrun starts; use it in a `with`.
 
     The processes sleep while they have no step to take. Those entered one after another start at the same time.
 
@@ -190,7 +190,7 @@ class Process:
         return self
 
     def __call__(self, steps: int) -> float:
-        """Takes so many steps in every process; the seconds of the slowest.
+        """Takes this many steps in every process; returns the seconds of the slowest.
 
         Raises:
             SideFailed: a process stopped; says why.
@@ -227,7 +227,7 @@ class Process:
 
     def _failure(self) -> SideFailed:
         said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return SideFailed(said[-1] if said else "its process died without a word, perhaps for want of memory")
+        return SideFailed(said[-1] if said else "its process died without a message, perhaps because memory ran out")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,4 +1,4 @@
-"""The fused kernels alone, each beside what PyTorch does: microseconds, bytes that must move, and the difference."""
+"""The fused kernels by themselves, each against PyTorch: microseconds, bytes that must move, and the difference."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _flat(label: str, rows: int, count: int, device: torch.device, report: Repor
 
     def run() -> list[Tensor]:
         flat_update(theta, phi, weights, 0.01, shift=True)
-        return []  # every run starts from what the one before has left
+        return []  # every run starts from the state that the previous one left
 
     def copy() -> list[Tensor]:
         return [target.copy_(source)]

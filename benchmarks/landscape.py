@@ -72,7 +72,7 @@ def measure(*, toy: bool) -> Report:
 
 
 def loop(start: torch.Tensor) -> MetaTrainer:
-    """The core's loop from one start `[2]`."""
+    """The loop of `MetaTrainer` from one start `[2]`."""
     return MetaTrainer(
         Point,
         tasks().as_tasks(),

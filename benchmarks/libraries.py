@@ -1,6 +1,6 @@
 """Against `higher` and `torchopt`: time of an inner step and peak memory as K grows.
 
-Their first-order modes do what ours does; unrolled, they do what it avoids.
+Their first-order modes do the same as trajshift; unrolled, they do what it avoids.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(*, toy: bool) -> Report:
 
 
 def library(side: str) -> str:
-    """What it needs."""
+    """The library that a side needs."""
     return side.split(",")[0]
 
 
@@ -93,13 +93,13 @@ def unusable() -> dict[str, str]:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             reasons[name] = f"{error.name} is not installed: pip install '.[benchmarks]'"
-        except Exception as error:  # whatever it does not like about this PyTorch
-            reasons[name] = f"does not import beside this PyTorch: {type(error).__name__}: {error}"
+        except Exception as error:  # any incompatibility with this PyTorch
+            reasons[name] = f"cannot be imported with this PyTorch: {type(error).__name__}: {error}"
     return reasons
 
 
 def _measured(plan: Plan, horizon: int, names: Sequence[str], failures: dict[tuple[str, int], str]) -> dict[str, Found]:
-    """All sides at one K by turns; one whose first round fails is written down and left out."""
+    """All sides at one K in turn; one whose first round fails is recorded and left out."""
     options = replace(plan.workload, horizon=horizon).options()
     sides = {name: Process(SIDES[name], options) for name in names}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Against an honest naive twin on the CPU: one thread for each of its processes, no more of them than cores."""
+"""Against a fair naive twin on the CPU: one thread for each of its processes, no more of them than cores."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _logging(plan: Plan, report: Report) -> None:
 
 
 def logged_run(workload: Workload, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of the steps of a real run, and of what lies between them."""
+    """Seconds of the steps of a real run, and of the time between them."""
     stamps: list[tuple[float, float]] = []
     advance_untimed = MetaTrainer.advance
 

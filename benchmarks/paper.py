@@ -1,4 +1,4 @@
-"""The paper's run on a GPU: how long it would take, and how long it would have to at the least."""
+"""The paper's run on a GPU: how long it would take, and the least time it could take."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIMIT_STEP = 17.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A data set as far as time depends on it."""
+    """What the time of a step depends on in a data set."""
 
     name: str
     size: int
@@ -118,7 +118,7 @@ def measure_paper(plan: PaperPlan, device: torch.device, report: Report) -> None
     chosen, eager.kernels = eager.kernels, EAGER
     work = count(eager.advance)
     eager.kernels = chosen
-    fused = replace(work, bytes=count(eager.advance).bytes)  # products inside our kernels are no operators
+    fused = replace(work, bytes=count(eager.advance).bytes)  # products inside our kernels are not operators
     floor = Floor(work, fused, *_rates(plan, device))
     title = "the paper's run"
     slow = interleave(

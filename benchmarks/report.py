@@ -1,4 +1,4 @@
-"""What a benchmark found, and how it is told: on the terminal, as JSON, as a dated page, and in the figure."""
+"""What a benchmark found, and how it is reported: on the terminal, as JSON, as a dated page, and in the figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Claim:
 
     @property
     def met(self) -> bool:
-        """Whether the median keeps the limit."""
+        """Whether the median is within the limit."""
         return self.measured.median >= self.limit if self.at_least else self.measured.median <= self.limit
 
     def cells(self) -> list[str]:
@@ -122,7 +122,7 @@ def markdown(report: Report, about: dict[str, Any], *, toy: bool) -> str:
     del rows["packages"]
     lines = [f"# {report.title}", "", f"    {about['command']}", ""]
     if toy:
-        lines += ["At toy size: a check that it runs, no result.", ""]
+        lines += ["At toy size: a check that it runs, not a result.", ""]
     lines += [f"{about['date']}. " + ", ".join(f"{key} {value}" for key, value in rows.items() if value) + ".", ""]
     return "\n".join(lines) + "\n" + "\n".join(table.markdown() for table in report.all_tables())
 

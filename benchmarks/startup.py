@@ -35,7 +35,7 @@ ROUNDS = 10
 
 
 def measure(*, toy: bool) -> Report:
-    """All commands by turns; at toy size once, and without the demo."""
+    """All commands in turn; at toy size once, and without the demo."""
     sides = {name: timed(process(command)) for name, command in COMMANDS.items()}
     seconds = interleave(sides, steps=1, rounds=1 if toy else ROUNDS, warmup=0 if toy else 1, title="start-up")
     rows = [[name, show_time(spread(values)), show(ratio(values, seconds[TORCH]))] for name, values in seconds.items()]

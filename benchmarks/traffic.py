@@ -1,6 +1,6 @@
 """Counts what a piece of code computes and moves: floating-point operations and bytes, operator by operator.
 
-Triton kernels are no operators; each of ours counts as one that reads or writes every tensor it is given once.
+Triton kernels are not operators; each of ours counts as one that reads or writes every tensor it is given once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _KERNELS = {
 
 
 class _Counted:
-    """A Triton kernel that notes the bytes of its tensors whenever it is launched."""
+    """A Triton kernel that records the bytes of its tensors whenever it is launched."""
 
     def __init__(self, kernel: Any, noted: list[int]) -> None:
         self._kernel, self._noted = kernel, noted
@@ -86,7 +86,7 @@ def launches() -> Iterator[list[int]]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of its memory; what is expanded is read once."""
+    """Bytes of its memory; an expanded dimension is read once."""
     spread = any(stride == 0 for stride in tensor.stride())
     held = tensor.untyped_storage().nbytes() if spread else tensor.numel() * tensor.element_size()
     return min(held, tensor.numel() * tensor.element_size())

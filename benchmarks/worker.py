@@ -1,6 +1,6 @@
 """One process of a `harness.Process`: `python -m benchmarks.worker SOCKET SIDE OPTIONS`.
 
-It says how much memory it starts with, builds the side, and then answers every number of steps with the seconds
+It reports how much memory it starts with, builds the side, and then answers every number of steps with the seconds
 that they took and the peak of memory, a JSON object a line, until its input ends.
 """
 
@@ -43,11 +43,11 @@ def main(address: str, side: str, options: str) -> int:
 
 
 def load_all_of_torch() -> None:
-    """PyTorch imports 70 MB of itself when the first optimizer is made; no side shall pay for that."""
+    """PyTorch imports 70 MB of itself when the first optimizer is made; no side should be charged for that."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 
 
 if __name__ == "__main__":
     status = main(*sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # PyTorch would take most of a second to take itself apart
+    os._exit(status)  # PyTorch would need most of a second to shut down

@@ -24,7 +24,7 @@ FOREVER = 10**6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Equal tasks on the same random images; the numbers decide the cost, their content nothing."""
+    """Equal tasks on the same random images; the sizes decide the cost, the content does not matter."""
 
     tasks: int = 8
     """T."""
@@ -43,7 +43,7 @@ class Workload:
     classes: int = 10
 
     def options(self) -> dict[str, Any]:
-        """As JSON values, for a side in a process of its own."""
+        """As JSON values, for a side in its own process."""
         return asdict(self)
 
     @property
@@ -56,7 +56,7 @@ class Workload:
         return build_model(self.model, task, **({} if self.width is None else {"width": self.width}))
 
     def build_tasks(self, device: torch.device | str = "cpu") -> list[Task]:
-        """T tasks whose images lie on the device."""
+        """T tasks whose images are on the device."""
         data = random_images(self.images, self.size, self.classes, device=device)
         return [
             image_task(f"task{t}", data, outputs=self.classes, crop_padding=PADDING, flip=True)
@@ -65,7 +65,7 @@ class Workload:
 
 
 TINY = Workload(tasks=2, model="conv", width=4, batch_size=4, size=8, images=16)
-"""As small as can be."""
+"""As small as possible."""
 
 
 def sgd(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.SGD:

@@ -1,1 +1,1 @@
-"""Studies behind the tables and figures of results/; they are no part of the installed package."""
+"""Studies behind the tables and figures of results/; they are not part of the installed package."""

@@ -180,7 +180,10 @@ def test_fields_and_settings_are_the_same() -> None:
     [
         (lambda: Inner(lr=0.0), "inner.lr is 0.0; use a positive number"),
         (lambda: Inner(grad_clip=-1.0), "inner.grad_clip is -1.0; use a positive number"),
-        (lambda: Inner(milestones=[2.0]), "inner.milestones holds 2.0; each is a fraction of the steps, 0 to 1"),
+        (
+            lambda: Inner(milestones=[2.0]),
+            "inner.milestones contains 2.0; each must be a fraction of the steps, from 0 to 1",
+        ),
         (lambda: Inner(schedule="cosin"), "inner.schedule is 'cosin', which is unknown; did you mean 'cosine'?"),
         (lambda: Meta(lr=-1.0), "meta.lr is -1.0; use a positive number"),
         (lambda: Execution(engine="lop"), "execution.engine is 'lop', which is unknown; did you mean 'loop'?"),

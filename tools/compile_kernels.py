@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a Hopper GPU on a machine without one, and prints what they use of it.
+"""Compiles the Triton kernels for a Hopper GPU on a machine without one, and prints the resources they use.
 
     python tools/compile_kernels.py
 

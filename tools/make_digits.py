@@ -1,4 +1,4 @@
-"""Makes `trajshift/data/digits.npz` from the optical digits that scikit-learn bundles.
+"""Makes `trajshift/data/digits.npz` from the optical digits bundled with scikit-learn.
 
     python -m venv /tmp/digits && /tmp/digits/bin/pip install scikit-learn
     /tmp/digits/bin/python tools/make_digits.py

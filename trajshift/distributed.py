@@ -1,4 +1,4 @@
-"""Ranks: who holds which task, and the few things they say to each other.
+"""Ranks: which rank trains which task, and the few messages the ranks exchange.
 
 `torchrun` starts the processes, `torch.distributed` carries the messages; one process is world size 1 of the
 same code, in which every message is a no-op.
@@ -31,7 +31,7 @@ class World:
 
     @classmethod
     def current(cls, device: str = "cpu") -> World:
-        """The world that `torchrun` made; starts the process group (gloo, or NCCL beside it on CUDA) when needed."""
+        """The world that `torchrun` made; starts the process group (gloo, on CUDA also NCCL) when needed."""
         if not (dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
             return cls()
         if not dist.is_initialized():
@@ -52,7 +52,7 @@ class World:
         return tensor
 
     def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begins to sum a tensor over the ranks, in place; calling what is returned waits for the sum and gives it."""
+        """Starts to sum a tensor over the ranks, in place; the returned function waits for the sum and returns it."""
         work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
 
         def wait() -> Tensor:
@@ -82,7 +82,7 @@ class World:
         return values
 
     def same(self, digest: str, what: str) -> None:
-        """Stops the run unless all ranks hold the same digest.
+        """Stops the run unless all ranks have the same digest.
 
         Raises:
             UsageError: names the ranks that differ from rank 0.
@@ -104,8 +104,8 @@ class World:
 def set_threads(world: World, threads: int | None = None) -> int:
     """Gives every process its share of the cores and returns it.
 
-    More threads than cores over all processes of a machine is refused silently: the share is lowered to fit,
-    because oversubscription made one step 100 times slower in a trial.
+    If the processes of a machine together ask for more threads than it has cores, the share is lowered without a
+    message, because oversubscription made one step 100 times slower in a trial.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // world.local_size)
@@ -117,8 +117,8 @@ def set_threads(world: World, threads: int | None = None) -> int:
 def balance(costs: Mapping[str, float], ranks: int, kept: Mapping[str, int] | None = None) -> dict[str, int]:
     """A rank for every task, heaviest first to the least loaded rank; those in `kept` stay where they are.
 
-    Of equally loaded ranks the one with fewer tasks takes it, so that tasks of unknown cost are spread too;
-    other ties go by name and lowest rank.
+    Among equally loaded ranks the one with fewer tasks takes it, so that tasks of unknown cost are spread too;
+    other ties are broken by name and lowest rank.
     """
     home = dict(kept or {})
     kept_costs = [[costs[name] for name in home if home[name] == rank] for rank in range(ranks)]

@@ -18,7 +18,7 @@ class NonFiniteLoss(UsageError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, without the lines that follow; its type where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

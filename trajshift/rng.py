@@ -1,8 +1,8 @@
 """Every random draw is a pure function of (seed, task, purpose, step, index).
 
 A draw is named by a `key` (a hash of its parts) and a counter. Words are 32 bits wide and held in int64
-tensors; multiplications stay below 2**63, so the bits are the same on every device. Nothing here has a state,
-hence nothing has to be saved, and a batch does not depend on how it was reached.
+tensors; multiplications stay below 2**63, so the bits are the same on every device. Nothing here has state,
+so nothing has to be saved, and a batch does not depend on how it was reached.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seed_generators(key: int, device: torch.device) -> None:
     # small step on a CPU, 0.14 ms on a GPU
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.init()  # before it there are no generators
+        torch.cuda.init()  # until then there are no generators
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(seed)
 
@@ -98,10 +98,10 @@ def permutation(key: int, n: int, *, device: torch.device | str = "cpu") -> Tens
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Gives the global generators back as they were; cuDNN takes algorithms whose bits are the same each time.
+    """Restores the global generators afterwards; inside, cuDNN uses only algorithms that give the same bits each time.
 
-    Without being told so it adds up the gradients of a convolution's weights in no fixed order, and with `benchmark`
-    the algorithm depends on what was faster at its first use.
+    By default it sums the gradients of a convolution's weights in no fixed order, and with `benchmark` the algorithm
+    depends on which was faster at first use.
     """
     if device.type != "cuda":
         with torch.random.fork_rng([]):
@@ -135,10 +135,10 @@ def seeded(draw: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def seeded_cpu_generators(draw: int) -> Iterator[None]:
-    """The CPU generators of torch, numpy and `random` as `draw` says, and afterwards as they were."""
+    """Seeds the CPU generators of torch, numpy and `random` from `draw`, and restores them afterwards."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        seed_generators(draw, torch.device("cpu"))  # the accelerators' stay as they are
+        seed_generators(draw, torch.device("cpu"))  # those of accelerators are left alone
         np.random.seed(draw & 0xFFFFFFFF)
         random.seed(draw)
         yield

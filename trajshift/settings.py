@@ -55,10 +55,10 @@ SHORT_NAMES = {
     "overlap": "execution.overlap",
     "threads": "execution.threads",
 }
-"""Names of version 0.1, at the top of a recipe and arguments of `MetaTrainer`, and where these fields are now. Recipes
-and overrides still take them; fingerprints of runs and labels of reports are made of them."""
+"""Names that version 0.1 used at the top of a recipe and as arguments of `MetaTrainer`, and where these fields are now.
+Recipes and overrides still accept them; run fingerprints and report labels are built from them."""
 RENAMED = {"meta_optimizer": "meta.optimizer", "meta_options": "meta.options", "gauge": "error_meter"}
-"""As SHORT_NAMES, of `MetaTrainer` alone."""
+"""Like SHORT_NAMES, for `MetaTrainer` only."""
 
 
 # -- checks --------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Optimization:
 
     __pydantic_config__ = FORBID_UNKNOWN
     SGD_OPTIONS: ClassVar[Mapping[str, Any]] = {"momentum": 0.9, "weight_decay": 5e-4}
-    """The options of SGD where none are given, as in the paper."""
+    """The options of SGD if none are given, as in the paper."""
 
     optimizer: OptimizerChoice = "sgd"
     """A first-order torch.optim class without a closure, by name; in Python also a callable that takes the parameters,
@@ -105,10 +105,10 @@ class Optimization:
     """Learning rate before the schedule."""
 
     options: dict[str, Any] | None = None
-    """Further arguments of the optimizer; null is the paper's (SGD_OPTIONS) for SGD, none for others. {} is none."""
+    """Further arguments of the optimizer; null means the paper's (SGD_OPTIONS) for SGD and none for others, {} none."""
 
     schedule: Schedule = "constant"
-    """Factor on lr: constant, cosine or step; in Python also a function of the fraction done, in [0, 1)."""
+    """What multiplies lr: constant, cosine or step; in Python also a function of the fraction done, in [0, 1)."""
 
     milestones: Sequence[float] = (0.4, 0.7, 0.9)
     """For step: the fractions of the steps at which lr is multiplied by factor."""
@@ -124,7 +124,9 @@ class Optimization:
         positive(f"{section}.factor", self.factor)
         for share in self.milestones:
             if not 0 <= share <= 1:
-                raise UsageError(f"{section}.milestones holds {share}; each is a fraction of the steps, 0 to 1")
+                raise UsageError(
+                    f"{section}.milestones contains {share}; each must be a fraction of the steps, from 0 to 1"
+                )
         given = self.default_options(self.optimizer) if self.options is None else self.options
         # A section is frozen: instances are defaults of arguments, and checkpoints depend on them.
         object.__setattr__(self, "options", dict(given))
@@ -132,14 +134,14 @@ class Optimization:
 
     @classmethod
     def default_options(cls, optimizer: OptimizerChoice) -> dict[str, Any]:
-        """What `options` left out means with this optimizer."""
+        """The options used with this optimizer when `options` is not given."""
         if not isinstance(optimizer, str) and getattr(optimizer, "__module__", "").startswith("torch.optim"):
             optimizer = optimizer.__name__
         return dict(cls.SGD_OPTIONS) if isinstance(optimizer, str) and optimizer.lower() == "sgd" else {}
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The optimizer's arguments besides lr: `options`, the defaults put in."""
+        """The optimizer's arguments besides lr: `options`, with the defaults filled in."""
         return dict(self.options or {})
 
     def lr_at(self, fraction: float) -> float:
@@ -180,9 +182,9 @@ class Inner(Optimization):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Meta:
-    """How phi moves: replaces the method's choices, and names phi's optimizer.
+    """How phi moves: overrides the method's choices, and names phi's optimizer.
 
-    A choice left null is that of the method (`trajshift methods` lists them).
+    A choice left null is taken from the method (`trajshift methods` lists the methods).
     """
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -208,10 +210,10 @@ class Meta:
     """Which parameters the inner step moves: all or head."""
 
     batch: str | None = None
-    """Where a gradient at theta is taken: train (the last inner one) or heldout batches."""
+    """Batches on which a gradient at theta is taken: train (the last inner step's) or heldout."""
 
     optimizer: OptimizerChoice | None = None
-    """As inner.optimizer, fed with the meta-gradient; null is the plain step phi <- phi - lr * g."""
+    """As inner.optimizer, but given the meta-gradient; null is the plain step phi <- phi - lr * g."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of that optimizer."""
@@ -222,7 +224,7 @@ class Meta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """Where and how the steps run. Beyond rounding none of it changes what is computed, `overlap` excepted."""
+    """Where and how the steps run. Apart from `overlap`, nothing here changes the results beyond rounding."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
@@ -231,13 +233,13 @@ class Execution:
 
     engine: OwnObject = "auto"
     """How the steps are run: loop (one task after another), parallel (side by side on the CPU's threads), graph (CUDA
-    graphs) or auto, the fastest of them that can; in Python also an engine object."""
+    graphs) or auto, the fastest that can run this; in Python also an engine object."""
 
     autocast: DataType | None = None
     """bfloat16 or float16 for the forward passes; null keeps the parameters' type. In Python also a torch dtype."""
 
     channels_last: bool | None = None
-    """Keep the weights and activations of convolutions channels-last; null does where that is faster."""
+    """Keep the weights and activations of convolutions channels-last; null does so where that is faster."""
 
     workers: int = 0
     """Processes that load sources too large for memory; 0 loads in the training process."""
@@ -247,8 +249,8 @@ class Execution:
     and theta move one inner step late."""
 
     threads: int | None = None
-    """CPU threads of each process. Null: the command line shares the cores among its processes, and in Python torch's
-    own setting stays. Results may differ in the last bits between thread counts."""
+    """CPU threads of each process. Null: the command line divides the cores among its processes, and in Python torch's
+    own setting is kept. Results may differ in the last bits between thread counts."""
 
     def __post_init__(self) -> None:
         if isinstance(self.engine, str):
@@ -268,10 +270,10 @@ class Finetune(Optimization):
     """
 
     SGD_OPTIONS: ClassVar[Mapping[str, Any]] = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    """Those of meta-training, with Nesterov's momentum."""
+    """Those of meta-training, with Nesterov momentum."""
 
     steps: int = 1000
-    """Training steps; 0 tests the start."""
+    """Training steps; 0 tests the initialization as it is."""
 
     batch_size: int = 128
     """Examples per step."""
@@ -283,11 +285,11 @@ class Finetune(Optimization):
     """As inner.schedule, over the steps of fine-tuning."""
 
     running_stats: str = "reset"
-    """BatchNorm statistics at the start. reset: fresh, as published. keep: those that the initialization or the model
-    bring. recalibrate: means over one pass of the training examples (at most 100 batches) through the start."""
+    """BatchNorm statistics at the start. reset: fresh, as published. keep: those of the initialization or of the
+    model. recalibrate: means over one pass of the training examples (at most 100 batches) through the start."""
 
     train_images: int | None = None
-    """Train on a class-balanced subset of at most so many examples, the same for every initialization; null: all."""
+    """Train on a class-balanced subset of at most this many examples, the same for every initialization; null: all."""
 
     def __post_init__(self) -> None:
         Optimization.__post_init__(self)
@@ -309,11 +311,11 @@ def finetune_settings(settings: Finetune | None, given: Mapping[str, Any], other
 
     Args:
         settings: all fields, or None.
-        given: keyword arguments that are no others.
-        others: keywords that are no fields, for the nearest name of an unknown one.
+        given: keyword arguments, those in `others` excluded.
+        others: keywords that are not fields, so that the nearest name to an unknown one can be suggested.
 
     Raises:
-        UsageError: an unknown keyword, or a field beside an object, which states every field.
+        UsageError: an unknown keyword, or a field given together with an object, which already states every field.
     """
     known = [entry.name for entry in fields(Finetune)]
     for name in given:
@@ -335,7 +337,7 @@ def refuse_unknown_arguments(function: str, given: Mapping[str, Any], known: Col
     """Name the new spelling of arguments of version 0.1, and the nearest name of any other.
 
     Raises:
-        UsageError: anything is `given`.
+        UsageError: `given` is not empty.
     """
     moved = {name: path for name, path in (SHORT_NAMES | RENAMED).items() if name in given}
     for name in given:
@@ -366,6 +368,6 @@ def check_sections(**given: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as code, three dots for one that has none."""
+    """A value as code, or three dots if it has no literal form."""
     text = repr(value)
     return "..." if text.startswith("<") else text

@@ -66,7 +66,7 @@ class Task:
     test: Any = None
     """Test examples, likewise; None where the task is only meta-trained on."""
     outputs: int | None = None
-    """Classes, or regression targets: what a model factory sizes its head with."""
+    """Number of classes or of regression targets, from which a model factory sizes its head."""
     kind: str = "classification"
     """`classification` or `regression`: supplies `loss` and `metrics` where they are not given."""
     loss: Loss | None = None
@@ -106,10 +106,10 @@ class Task:
 
 
 def untested(name: str) -> UsageError:
-    """What to say where a task has no test examples and needs some."""
+    """The error for a task that needs test examples and has none."""
     return UsageError(
-        f"task {name!r} has no test examples; give it some (for a source hf: by options.test, a split or a share such"
-        " as 0.2)"
+        f"task {name!r} has no test examples; give it some (for an hf: source set options.test to a split or a share"
+        " such as 0.2)"
     )
 
 

@@ -1,1 +1,1 @@
-"""The sides that are compared: callables that take so many steps. Each is built from the same `Workload`."""
+"""The sides that are compared: callables that take a number of steps. Each is built from the same `Workload`."""

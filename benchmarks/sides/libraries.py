@@ -1,4 +1,4 @@
-"""`higher` and `torchopt`: rounds of K inner steps of one task and a meta-update at the end, in their own words.
+"""`higher` and `torchopt`: rounds of K inner steps of one task and a meta-update at the end, each in its own style.
 
 First-order: phi moves towards the end of the trajectory (Reptile), nothing is differentiated through it. Unrolled: phi
 follows the gradient of the loss at the end with respect to the start (MAML), through all K steps.

@@ -1,6 +1,6 @@
 """The usual way by hand: copied models, images transformed one by one in a DataLoader, parameter-by-parameter updates.
 
-As a careful researcher writes it: nothing is wasted that the way itself does not waste. With several processes each
+As a careful researcher writes it: no time is wasted beyond what this approach itself costs. With several processes each
 trains its share of the tasks and the meta-updates are summed by gloo.
 """
 
@@ -79,7 +79,7 @@ class Naive:
         self.step = 0
 
     def take(self, count: int) -> None:
-        """So many inner steps of all tasks, a meta-update and a shift after each."""
+        """Takes this many inner steps of all tasks, with a meta-update and a shift after each."""
         for _ in range(count):
             if self.step % self.workload.horizon == 0:
                 self.reset()

@@ -21,7 +21,7 @@ def steps(*, engine: str, **workload: Any) -> Steps:
 
 
 def alone(*, engine: str, **workload: Any) -> Steps:
-    """Steps of a new trainer that says nothing to the other processes torchrun started."""
+    """Steps of a new trainer that exchanges nothing with the other processes that torchrun started."""
     os.environ["WORLD_SIZE"] = "1"
     return steps(engine=engine, **workload)
 

@@ -12,7 +12,7 @@ from trajshift import MetaTrainer
 
 
 class Plain:
-    """Trains copies of the models of a trainer that has taken a step, on its batches, from where it stands."""
+    """Trains copies of the models of a trainer that has taken a step, on its batches, from its current state."""
 
     def __init__(self, trainer: MetaTrainer) -> None:
         self.device, self.autocast = trainer.device.type, trainer.meta_step.autocast
@@ -22,7 +22,7 @@ class Plain:
         self.step = trainer.step
 
     def take(self, count: int) -> None:
-        """So many steps of every model."""
+        """Takes this many steps of every model."""
         for _ in range(count):
             for model, optimizer, batches in zip(self.models, self.optimizers, self.batches, strict=True):
                 x, y = batches.train(self.step)

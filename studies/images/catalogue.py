@@ -9,7 +9,7 @@ from studies.images.rows import RATES as FINETUNE_LRS
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One method at one horizon: where its search begins, and how many seeds go to the targets."""
+    """One method at one horizon: where its search starts, and how many seeds are fine-tuned on the targets."""
 
     name: str
     method: str
@@ -20,19 +20,19 @@ class Study:
     strength: float | None = None
     """iMAML's lambda; the others have none."""
     order: tuple[str, ...] = ()
-    """The rates searched, one after the other; none where they are those of an earlier study."""
+    """The rates searched, one after the other; empty if the rates of an earlier study are used."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     overrides: tuple[str, ...] = ()
     images: tuple[int, ...] = (250, 1000)
     finetune_lrs: tuple[float, ...] = FINETUNE_LRS
     every: int | None = None
-    """Goes to the targets from phi after every so many inner steps as well."""
+    """Also fine-tunes the targets from phi each time this many inner steps are done."""
     candidate: bool = False
     """Scored on mnist at these rates, as one of the candidates of results/images/README.md."""
     variant: str | None = None
     """One of variants.py."""
     pair: str | None = None
-    """Two sources of PAIRS in the place of all eight."""
+    """Two sources of PAIRS in place of all eight."""
 
 
 EARLY = Study(

@@ -1,6 +1,6 @@
-"""How alike the eight sources are: cosines between the ways their learners take from one start.
+"""How alike the eight sources are: cosines between the directions their learners take from one start.
 
-    python -m studies.images.conflict DATA [INITIALIZATION]     # from a random start where none is named
+    python -m studies.images.conflict DATA [INITIALIZATION]     # from a random start if none is named
 
 Every source is trained for 200 inner steps from the start, alone, as Reptile's learners are, and its displacement
 theta - phi of the shared parameters is compared with the others'. Pairs near 0 pull phi in unrelated directions, pairs

@@ -4,8 +4,9 @@
     python -m studies.images.native                 # prints the tables of the README, draws native.svg
 
 Fine-tunings in native.jsonl are not done again, so rerunning the same command resumes an evaluation that was stopped.
-Of a run only its recipe.yaml and the shared.safetensors of its checkpoints are read (`trajshift evaluate --checkpoints`
-wants the heads too, which did not leave the GPU's machine). The tables also take the losses of native/*/metrics.jsonl.
+Only the recipe.yaml of a run and the shared.safetensors of its checkpoints are read (`trajshift evaluate --checkpoints`
+needs the heads too, which were not copied from the GPU's machine). The tables also use the losses of
+native/*/metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from trajshift.utils.progress import Progress
 
 IMAGES = 1000
 BOTH_RATES_AFTER = (0, 2, 5)
-"""Rounds after which both fine-tuning rates are run, 0 for scratch; after others the first alone."""
+"""Rounds after which both fine-tuning rates are run, 0 for scratch; after others only the first."""
 NAMES = ("method", "seed", "inner_steps", "target", "train_images", "finetune_lr")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning: the run, how many inner steps phi has seen (0: none, from scratch), and what it is put to."""
+    """One fine-tuning: the run, the inner steps behind phi (0: from scratch), and what is fine-tuned."""
 
     data: Path
     run: Path
@@ -53,7 +54,7 @@ class Job:
     finetune_lr: float
 
     def row(self) -> dict[str, Any]:
-        """What names it in native.jsonl."""
+        """The fields that identify it in native.jsonl."""
         recipe = load(self.run)
         start = {"method": recipe.method if self.step else SCRATCH, "seed": recipe.seed, "inner_steps": self.step}
         return start | {"target": self.target, "train_images": IMAGES, "finetune_lr": self.finetune_lr}
@@ -95,7 +96,7 @@ def jobs(data: Path, runs: Sequence[Path]) -> Iterator[Job]:
 
 
 def fine_tune(data: Path, runs: Sequence[Path], results: Path, processes: int) -> None:
-    """Adds to native.jsonl what it lacks."""
+    """Adds the missing rows to native.jsonl."""
     rows = results / "native.jsonl"
     named = [{name: row[name] for name in NAMES} for row in read_jsonl(rows)]
     missing = [job for job in jobs(data, runs) if job.row() not in named]

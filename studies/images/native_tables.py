@@ -51,7 +51,7 @@ def print_leads(found: dict[Any, dict[int, float]]) -> None:
 
 
 def print_factors(found: dict[Any, dict[int, float]]) -> None:
-    """Prints by what factor, seed by seed, shifting is sooner at Reptile's accuracy after each round (0: it is not)."""
+    """Prints, seed by seed, how many times sooner shifting has Reptile's accuracy after each round (0: never)."""
     steps = sorted({step for step, _ in found})
     way = {step: found[step, SHIFTING if step else SCRATCH] for step in steps}
     print(f"\n| Reptile after | factor | by seed |\n|{'---|' * 3}")

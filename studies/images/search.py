@@ -45,7 +45,7 @@ class Diverged(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """One study and where its files lie."""
+    """One study and where its files are."""
 
     study: Study
     data: Path
@@ -71,7 +71,7 @@ class Search:
             self.take_to_targets(rates, seed)
 
     def take_to_targets(self, rates: Rates, seed: int) -> None:
-        """Adds to rows.jsonl what it lacks of one seed."""
+        """Adds the missing rows of one seed to rows.jsonl."""
         study, rows = self.study, self.results / "rows.jsonl"
         for rate in study.finetune_lrs:
             wanted = {"study": study.name, **rates, "seed": seed, "finetune_lr": rate}
@@ -112,7 +112,7 @@ class Search:
         return best
 
     def fine_tunings(self, rates: Rates, seed: int, rate: float, **options: Any) -> list[dict[str, Any]]:
-        """Rows of one run's fine-tunings at one rate; the run is trained first where it is not finished."""
+        """Rows of one run's fine-tunings at one rate; the run is trained first if it is not finished."""
         study = self.study
         setting = {"study": study.name, "method": study.method, "horizon": study.horizon, **rates, "seed": seed}
         if study.pair:
@@ -122,12 +122,12 @@ class Search:
         for row in found:
             if row.error is not None:
                 raise Diverged(row.error)
-        # the last checkpoint is phi again
+        # the last checkpoint is the final phi once more
         distinct = dict.fromkeys(tuple(row.to_json()[name] for name in kept) for row in found)
         return [{**setting, "finetune_lr": rate, **dict(zip(kept, values, strict=True))} for values in distinct]
 
     def trained(self, rates: Rates, seed: int) -> Path:
-        """The directory of one meta-training, trained or resumed where it is not finished.
+        """The directory of one meta-training, trained or resumed if it is not finished.
 
         Raises:
             Diverged: a loss or parameter was not finite.
@@ -187,7 +187,7 @@ def climb(score_at: Callable[[float], float], start: float) -> float:
 
 
 def work(search: Search) -> None:
-    """The whole study; where a training of it fails, the other studies continue."""
+    """The whole study; if one of its trainings fails, the other studies continue."""
     torch.set_num_threads(1)
     try:
         search.finish()
@@ -205,7 +205,7 @@ def _work_in_process(search: Search) -> None:
 
 
 def work_all(searches: Sequence[Search], processes: int) -> Iterator[None]:
-    """Works on all studies, so many at a time; yields after each."""
+    """Works on all studies, this many at a time; yields after each."""
     if processes == 1:
         yield from map(work, searches)
         return
@@ -232,7 +232,7 @@ def search(
         if name not in NAMES:
             raise UsageError(f"there is no study {name!r}{nearest(name, NAMES)}")
     if not data.is_dir():
-        raise UsageError(f"there is no folder {data}; name that of the .npz files")
+        raise UsageError(f"there is no folder {data}; name the folder of the .npz files")
     results.mkdir(parents=True, exist_ok=True)
     chosen = [study for study in STUDIES if study.name in names] if names else STUDIES
     with resumable():

@@ -191,7 +191,7 @@ def with_holm(test: PairedTest) -> str:
 
 
 def save_svg(figure: Any, name: str, folder: Path) -> None:
-    """Writes `folder/name.svg` alone."""
+    """Writes only `folder/name.svg`."""
     save(figure, name, folder)
     (folder / f"{name}.png").unlink()
 

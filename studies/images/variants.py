@@ -1,9 +1,9 @@
-"""`trajshift` with one thing changed that no recipe has a field for (candidates of results/images/README.md).
+"""`trajshift` with one thing changed for which recipes have no field (candidates of results/images/README.md).
 
     python -m studies.images.variants VARIANT train ...       # what follows VARIANT is a command line of trajshift
 
 Each variant replaces methods of the trainer or its step for as long as its context lasts. They are experiments that
-did not pay, kept so that their rows can be made again, and no example to follow: a choice of your own replaces nothing.
+brought no gain, kept so that their rows can be reproduced, not examples to follow: a custom choice replaces nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STARTS = (0, 20, 60, 140, 300, 620, 1260)
 
 @contextmanager
 def replaced(owner: type, **members: Any) -> Iterator[None]:
-    """Members of a class replaced, and put back at the end."""
+    """Replaces members of a class, and restores them at the end."""
     before = {name: vars(owner)[name] for name in members}
     try:
         for name, member in members.items():
@@ -79,7 +79,7 @@ def falling_inner_lr() -> AbstractContextManager[None]:
 
 
 def heads_first() -> AbstractContextManager[None]:
-    """In the first 100 inner steps the new heads move alone."""
+    """In the first 100 inner steps only the new heads move."""
     inner_update = MetaStep.inner_update
 
     def update(self: MetaStep, learner: Learner, moment: Moment, *more: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The minutes of a loan, and what a piece of work takes, by what the same device took before."""
+"""The minutes of a loan, and how long a piece of work takes, judged by what the same device took before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 MARGIN = 1.05
-"""Times what was measured."""
+"""Factor on the measured time."""
 
 
 class Budget:
@@ -22,7 +22,7 @@ class Budget:
         return self._end - self._clock()
 
     def fits(self, seconds: float | None) -> bool:
-        """Whether work of this length may begin; None is a length that nobody knows yet: while any time is left."""
+        """Whether work of this length may begin; None is a length not known yet: true while any time is left."""
         return self.left() > MARGIN * (seconds or 0.0)
 
 

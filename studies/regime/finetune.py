@@ -1,4 +1,4 @@
-"""Fine-tunes the targets, on the CPU, from every phi that a GPU brought back and from scratch; prints what came of it.
+"""Fine-tunes the targets, on the CPU, from every phi that a GPU brought back and from scratch; prints the results.
 
     python -m studies.regime.finetune DATA OUT     # fine-tunes, two at a time, one thread each
     python -m studies.regime.finetune              # prints the tables, draws accuracy-SIZE.svg
@@ -62,7 +62,7 @@ class Job:
     regime: Regime
 
     def row(self) -> dict[str, Any]:
-        """What names it in rows.jsonl."""
+        """The fields that identify it in rows.jsonl."""
         named = {name: getattr(self.start, name) for name in (*OF_RUN, "inner_steps")}
         images = self.regime.finetune_images
         return named | {"target": self.target, "train_images": images, "finetune_lr": self.finetune_lr}
@@ -101,7 +101,7 @@ def starts(out: Path) -> list[Start]:
                 raise UsageError(f"{out / 'runs.jsonl'} names {name}, which is not in {out}; unpack it there")
             found.append(Start(**of_run, inner_steps=int(step), phi=out / name))
     if not found:
-        raise UsageError(f"{out} holds no finished run; give the folder that studies.regime.train wrote")
+        raise UsageError(f"{out} contains no finished run; name the folder that studies.regime.train wrote")
     places = dict.fromkeys((start.size, start.seed) for start in found)
     scratch = [Start(size=size, method=SCRATCH, seed=seed) for size, seed in places]
     return sorted([*scratch, *found], key=lambda start: (start.size, start.seed, start.inner_steps))
@@ -114,7 +114,7 @@ def jobs(data: Path, out: Path, regime: Regime) -> Iterator[Job]:
 
 
 def fine_tune(data: Path, out: Path, results: Path, processes: int) -> None:
-    """Adds to rows.jsonl what it lacks."""
+    """Adds the missing rows to rows.jsonl."""
     rows = results / "rows.jsonl"
     known = {tuple(row[name] for name in NAMES) for row in read_jsonl(rows)}
     missing = [job for job in jobs(data, out, REGIME) if tuple(job.row()[name] for name in NAMES) not in known]
@@ -145,7 +145,7 @@ def command(
     if out is None:
         raise UsageError("OUT is missing; name DATA and OUT, or neither for the tables")
     if not data.is_dir():
-        raise UsageError(f"there is no folder {data}; name that of the .npz files")
+        raise UsageError(f"there is no folder {data}; name the folder of the .npz files")
     starts(out)
     results.mkdir(parents=True, exist_ok=True)
     for name in COPIED:

@@ -19,12 +19,12 @@ from trajshift.training.trainer import MetaTrainer
 
 
 class NoTimeLeft(Exception):
-    """The time left is too short for what was begun."""
+    """The time left is too short for the work that was started."""
 
 
 @dataclass(kw_only=True)
 class Trained:
-    """What a meta-training gave."""
+    """The result of a meta-training."""
 
     phis: dict[int, Initialization] = field(default_factory=dict)
     """By inner steps."""

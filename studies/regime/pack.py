@@ -71,7 +71,7 @@ def pack(
     for place, size_in_bytes in filled.items():
         print(f"{place}: {size_in_bytes / 2**20:.1f} MiB")
         if size_in_bytes > LIMIT * 2**20:
-            raise UsageError(f"{place} has more than {LIMIT} MiB, which does not travel in one call")
+            raise UsageError(f"{place} has more than {LIMIT} MiB, more than one call can carry")
 
 
 def file_bytes(file: Path) -> int:

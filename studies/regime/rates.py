@@ -18,7 +18,7 @@ GRID = tuple(float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1
 
 
 class Rates(NamedTuple):
-    """The two rates of a method; joint training has the inner one alone."""
+    """The two rates of a method; joint training has only the inner one."""
 
     inner_lr: float
     meta_lr: float | None
@@ -94,7 +94,7 @@ def parse_rates(words: list[str]) -> dict[str, Rates]:
     for word in words:
         method, _, numbers = word.partition("=")
         if method not in METHODS:
-            raise UsageError(f"rates are given for {method!r}, which is no method here{nearest(method, METHODS)}")
+            raise UsageError(f"rates are given for {method!r}, which is not a method here{nearest(method, METHODS)}")
         try:
             values = [float(number) for number in numbers.split(",")]
         except ValueError:

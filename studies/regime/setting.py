@@ -1,7 +1,7 @@
 """What is trained in the paper's regime, and on which images.
 
 The GPU's machine has neither pydantic nor YAML, so nothing here reads a recipe: the tasks and options of small-images
-stand here once more, and tests/studies/test_regime.py compares the two.
+are repeated here, and tests/studies/test_regime.py compares the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables and the figure of results/regime. Below three seeds means stand alone: no interval, no test, no claim."""
+"""The tables and the figure of results/regime. Below three seeds only means: no interval, no test, no claim."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Found = Mapping[tuple[int, str], Mapping[int, Any]]
 def print_tables(results: Path, figures: Path) -> None:
     """Prints, for every size, the accuracies, shifting's leads and the training losses; draws accuracy-SIZE.svg.
 
-    Tuned and untuned runs stand apart, and scratch with both.
+    Tuned and untuned runs are shown separately, and scratch with both.
     """
     every = read_jsonl(results / "rows.jsonl")
     rows = [row | {"start": (row["inner_steps"], row["method"])} for row in every if "accuracy" in row]

@@ -1,10 +1,10 @@
-"""Trains the four methods side by side in the paper's regime, as far as the minutes reach.
+"""Trains the four methods side by side in the paper's regime, as far as the time allows.
 
     python -m studies.regime.train DATA OUT --tune --minutes 9     # chooses rates, then trains in the time left
     python -m studies.regime.train DATA OUT --minutes 9            # trains with the rates chosen before
 
 A run is one method and one seed: 20 rounds of K = 1000 steps. Runs are taken seed by seed, the methods in turn, and one
-that no longer fits in the time left is not begun. What OUT holds is not done again, so the same command continues on
+that no longer fits in the time left is not begun. What OUT contains is not repeated, so the same command continues on
 the next loan. OUT gets runs.jsonl (a line for each finished run), tuning.jsonl (a line for each pair of rates tried)
 and phi/ (safetensors after rounds 1, 2, 5, 10 and 20). Only the two .jsonl files are needed to continue.
 """
@@ -157,7 +157,7 @@ class Loan:
         )  # fmt: skip
 
     def train(self, methods: Sequence[str], seeds: Sequence[int], rates: Mapping[str, Rates], tuned: set[str]) -> None:
-        """Adds to runs.jsonl what it lacks, as long as the next run fits."""
+        """Adds the missing runs to runs.jsonl, as long as the next one fits."""
         jobs = list(balanced(methods, seeds))
         missing = [job for job in jobs if not self.is_done(*job, rates[job[0]])]
         for done, (method, seed) in enumerate(missing, start=len(jobs) - len(missing)):
@@ -192,7 +192,7 @@ class Loan:
                 before = Rates(row["inner_lr"], row["meta_lr"])
                 if before != rates:
                     raise UsageError(
-                        f"{self.out} holds {method} of seed {seed} at {before}, not {rates}; name another OUT"
+                        f"{self.out} contains {method} of seed {seed} at {before}, not {rates}; name another OUT"
                     )
                 return True
         return False
@@ -240,12 +240,12 @@ app = new_app()
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of the .npz files, packed or not.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results; what it holds is kept.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results; its content is kept.")],
     size: Annotated[str, typer.Option(help="Pixels of all images, or native: each task's own.")] = "32",
     minutes: Annotated[
         float, typer.Option(min=0, help="From the start of the command; no run begins that ends later.")
     ] = 9.0,
-    tune: Annotated[bool, typer.Option("--tune", help="Choose first the rates that OUT/tuning.jsonl lacks.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="First choose the rates missing in OUT/tuning.jsonl.")] = False,
     methods: Annotated[str, typer.Option(help="Joined by commas.")] = ",".join(METHODS),
     seeds: Annotated[str, typer.Option(help="Joined by commas.")] = "0,1,2",
     rates: Annotated[
@@ -259,9 +259,9 @@ def train(
     budget = Budget(minutes)
     names, numbers, given = parse_methods(methods), parse_seeds(seeds), parse_rates(rates or [])
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r} is not available on this machine; give --device cpu")
+        raise UsageError(f"device {device!r} is not available on this machine; use --device cpu")
     if not data.is_dir():
-        raise UsageError(f"there is no folder {data}; name that of the .npz files")
+        raise UsageError(f"there is no folder {data}; name the folder of the .npz files")
     loan = Loan(
         data=data, out=out, size=parse_size(size), device=device, commit=commit, budget=budget, regime=REGIME
     )  # fmt: skip
@@ -286,8 +286,8 @@ def tuned_rates(loan: Loan, methods: Sequence[str]) -> dict[str, Rates]:
             found[method] = loan.choose(method)
         except ScoreMissing:
             raise UsageError(
-                f"{loan.out / 'tuning.jsonl'} does not hold all that chooses the rates of {method} at size "
-                f"{show_size(loan.size)}; give --tune, or --rates {method}=... for a run that is stated as untuned"
+                f"{loan.out / 'tuning.jsonl'} lacks trials that choosing the rates of {method} needs at size "
+                f"{show_size(loan.size)}; use --tune, or --rates {method}=... for a run that is stated as untuned"
             ) from None
     return found
 
@@ -309,7 +309,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds of a list joined by commas.
 
     Raises:
-        UsageError: something that is no number.
+        UsageError: something that is not a number.
     """
     if not all(word.isdecimal() for word in text.split(",")):
         raise UsageError(f"seeds are {text!r}; join numbers by commas, such as 0,1,2")

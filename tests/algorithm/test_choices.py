@@ -209,7 +209,7 @@ def without_addresses(value: object) -> str:
         ("reptile", {"meta_optimizer": "adamm"}, "did you mean 'adam'"),
         ("reptile", {"grad_clip": 0.0}, "grad_clip is 0.0"),
         ("reptile", {"renew": ("head",)}, "did you mean 'heads'"),
-        ("reptile", {"tasks_per_round": 4}, "from 1 to the 3 tasks"),
+        ("reptile", {"tasks_per_round": 4}, "from 1 to 3, the number of tasks"),
         ("fomaml", {"batch": "heldout", "heldout": 1.0}, "heldout is 1.0"),
     ],
     ids=without_addresses,

@@ -43,7 +43,7 @@ def checked(folder: Path, name: str) -> dict[str, Any]:
     assert found["tables"]
     assert found["samples"]
     page = (folder / f"{name}-{found['date']}.md").read_text()
-    assert "no result" in page
+    assert "not a result" in page
     assert found["environment"]["processor"] in page
     for table in found["tables"]:
         assert all(len(row) == len(table["header"]) for row in table["rows"])

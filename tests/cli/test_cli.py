@@ -217,7 +217,7 @@ def test_a_signal_saves_and_resume_gives_the_same_bytes(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sweep", "tiny.yaml", "meta_lr=0.1,0.2"], "trajshift: interrupted; the same command goes on\n"),
+        (["sweep", "tiny.yaml", "meta_lr=0.1,0.2"], "trajshift: interrupted; rerun the same command to resume\n"),
         (["report", "runs/any"], "trajshift: interrupted\n"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_run_is_not_overwritten(trajshift: Command) -> None:
     trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
     status, _, err = trajshift("train", "tiny.yaml", "--name", "one")
     assert status == 2
-    assert "already holds a run" in err
+    assert "already contains a run" in err
     status, _, err = trajshift("train", "runs/one")
     assert status == 2
     assert "--resume" in err

@@ -74,7 +74,7 @@ def test_prepare_and_check(data: Command) -> None:
     status, out, _ = data("check")
     assert status == 0
     assert out.splitlines() == [
-        "cifar10: whole; 12 train, 10 test images of 3x32x32, 10 classes",
+        "cifar10: complete; 12 train, 10 test images of 3x32x32, 10 classes",
         "  warning: 12 images in split 'train' were found, 50000 are registered",
         "  warning: 10 images in split 'test' were found, 10000 are registered",
     ]
@@ -112,8 +112,11 @@ def test_prepare_and_check(data: Command) -> None:
         ),
         (["prepare", "cifar10", "--from", "copy", "--quiet", "--root", "copy/file"], "cannot write to copy/file"),
         (["prepare", "cifar10", "stl10", "hub=a/b"], "hub= is one repository, but 2 data sets are named; name one"),
-        (["prepare", "cifar10", "hub=copy"], "copy is a folder here, which would be taken for the repository on the"),
-        (["prepare", "cifar10"], "uoft-cs/cifar10: not to be opened as a data set"),
+        (
+            ["prepare", "cifar10", "hub=copy"],
+            "copy is also a folder here and would be used instead of the repository on the",
+        ),
+        (["prepare", "cifar10"], "uoft-cs/cifar10 cannot be opened as a data set"),
         (["check"], "there is no cache in data; make one with: trajshift data prepare NAME --root data"),
         (["check", "svhn"], "1 of 1 caches are damaged, missing or wrong: svhn"),
         (["list", "svn"], "unknown data set 'svn'; did you mean 'svhn'?"),

@@ -158,7 +158,7 @@ def test_a_manifest_that_is_none_is_refused(
     for use in (open_cache, check_cache):
         with pytest.raises(UsageError) as raised:
             use(cache.parent, "cifar10")
-        assert re.search(rf"no whole cache \(.*{sentence}", str(raised.value))
+        assert re.search(rf"an incomplete cache \(.*{sentence}", str(raised.value))
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,21 @@ def test_a_manifest_that_is_none_is_refused(
     [
         ("train-images.npy", lambda data: b"x" * 128 + data[128:], "is damaged .*"),
         ("test-labels.npy", lambda data: b"x" * 128 + data[128:], "is damaged .*"),
-        ("train-images.npy", lambda data: data.replace(b"(20,", b"(19,"), r"holds uint8 \[19, 3, 8, 8\] and should .*"),
-        ("train-labels.npy", lambda data: data.replace(b"(20,", b"(19,"), r"holds int64 \[19\] and should hold .*"),
-        ("train-labels.npy", lambda data: data.replace(b"<i8", b"<f8"), r"holds float64 \[20\] and should hold .*"),
+        (
+            "train-images.npy",
+            lambda data: data.replace(b"(20,", b"(19,"),
+            r"contains uint8 \[19, 3, 8, 8\] but should .*",
+        ),
+        (
+            "train-labels.npy",
+            lambda data: data.replace(b"(20,", b"(19,"),
+            r"contains int64 \[19\] but should contain .*",
+        ),
+        (
+            "train-labels.npy",
+            lambda data: data.replace(b"<i8", b"<f8"),
+            r"contains float64 \[20\] but should contain .*",
+        ),
     ],
 )
 def test_a_damaged_header_is_refused(file: str, change: Callable[[bytes], bytes], sentence: str, cache: Path) -> None:
@@ -237,7 +249,7 @@ def test_recipes_name_caches_and_the_hub(tmp_path: Path, capsys: pytest.CaptureF
         ({"source": "cache:svhn"}, "no cache of 'svhn' in .*; make it with: trajshift data prepare svhn --root"),
         (
             {"source": "cache:fashion-mnist", "size": 32},
-            "size 32 is asked for, but the cache of 'fashion-mnist' in .* size=32 --root FOLDER",
+            "size 32 was requested, but the cache of 'fashion-mnist' in .* size=32 --root FOLDER",
         ),
         ({"source": "cache:fashion-mnist", "options": {"label": "x"}}, "cache sources take no options, but 'label'"),
         ({"source": "hub:svhn", "options": {"lable": "x"}}, "'svhn' has no field 'lable' to set; did you mean 'label'"),

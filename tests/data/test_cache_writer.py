@@ -191,7 +191,10 @@ def test_a_broken_image_is_named_and_what_was_decoded_is_kept(tmp_path: Path, mo
     file = copy / "data" / "train-00000-of-00001.parquet"
     good = file.read_bytes()
     broken.to_parquet(str(file))
-    with pytest.raises(UsageError, match=r"split 'train': image 17 is broken \(.*\); mend or drop it; after mending"):
+    with pytest.raises(
+        UsageError,
+        match=r"split 'train': image 17 is broken \(.*\); repair or drop it, and rerun the same command to resume",
+    ):
         prepare_cache("cifar10", tmp_path, copy=copy, quiet=True)
     assert not (tmp_path / "cifar10").exists()
     file.write_bytes(good)
@@ -234,15 +237,15 @@ def test_damage_is_found(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train-images.npy is damaged: its SHA-256"):
         check_cache(tmp_path, "cifar10")
     file.write_bytes(good[:-1])
-    with pytest.raises(UsageError, match=f"has {len(good) - 1} bytes and should have {len(good)}"):
+    with pytest.raises(UsageError, match=f"has {len(good) - 1} bytes but should have {len(good)}"):
         open_cache(tmp_path, "cifar10")
     file.unlink()
-    with pytest.raises(UsageError, match=r"no whole cache \(.*No such file"):
+    with pytest.raises(UsageError, match=r"an incomplete cache \(.*No such file"):
         open_cache(tmp_path, "cifar10")
     (folder / MANIFEST).write_text("[]")
     with pytest.raises(
         UsageError,
-        match=r"no whole cache \(manifest.json is no mapping.*; remove .* and make it again with: traj",
+        match=r"an incomplete cache \(manifest.json is not a mapping.*; remove .* and make it again with: traj",
     ):
         open_cache(tmp_path, "cifar10")
     with pytest.raises(UsageError, match=r"no cache of 'svhn' in .*; make it with: trajshift data prepare svhn --root"):

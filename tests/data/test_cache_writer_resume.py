@@ -148,7 +148,9 @@ def test_half_done_work_of_another_source_is_not_gone_on_with(tmp_path: Path, mo
         (other, {}, f"its source is '{copy}', not '{other}'"),
         (copy, {"size": 8}, "its size is 32, not 8"),
     ):
-        with pytest.raises(UsageError, match=re.escape(f"{part} holds unfinished work: {difference}; go back to")):
+        with pytest.raises(
+            UsageError, match=re.escape(f"{part} contains unfinished work: {difference}; use the settings it was")
+        ):
             prepare_cache("cifar10", tmp_path, copy=given, quiet=True, overrides=overrides)
     file = copy / "data" / "train-00000-of-00001.parquet"
     good = file.read_bytes()

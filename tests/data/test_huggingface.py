@@ -146,15 +146,15 @@ def test_labels_by_name_and_by_number(tmp_path: Path) -> None:
         load_hf(tmp_path / "numbers")
     parts = {"train": made(images, [1, 0, 1]), "test": made(images, [1, -1, 0])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "unlabelled")
-    with pytest.raises(UsageError, match="split 'test': label -1 of image 1 is none of the 2 training classes"):
+    with pytest.raises(UsageError, match="split 'test': label -1 of image 1 is not one of the 2 training classes"):
         load_hf(tmp_path / "unlabelled")
     words = datasets.Value("string")
     parts = {"train": made(images, ["a", "b", "b"], words), "test": made(images, ["a", "c", "b"], words)}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "unseen")
-    with pytest.raises(UsageError, match="label 'c' of image 1 is none of the 2 training classes"):
+    with pytest.raises(UsageError, match="label 'c' of image 1 is not one of the 2 training classes"):
         load_hf(tmp_path / "unseen")
     made(images, [0.5, 1.5, 2.5], datasets.Value("float64")).save_to_disk(tmp_path / "floats")
-    with pytest.raises(UsageError, match="holds no class names or numbers"):
+    with pytest.raises(UsageError, match="contains no class names or numbers"):
         load_hf(tmp_path / "floats")
 
 
@@ -178,7 +178,7 @@ def test_labels_of_a_test_split_mean_the_training_classes(kind: str, tmp_path: P
     same(data.test, pictures(3, seed=1), [1, 2, 1])
     same(load(["eel", "dog", "cat"], [0, 1, 2]).test, pictures(3, seed=1), [2, 1, 0])
     same(load(["dog", "fox", "eel"], [0, 2, 0]).test, pictures(3, seed=1), [1, 2, 1])  # a name without an image
-    with pytest.raises(UsageError, match="split 'test': class 'fox' of column 'label' is none of the 3 training"):
+    with pytest.raises(UsageError, match="split 'test': class 'fox' of column 'label' is not one of the 3 training"):
         load(["cat", "fox"], [0, 1, 0])
 
 
@@ -198,10 +198,10 @@ def test_names_in_training_match_numbered_names_in_the_test(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"label": "image"}, "split 'train': column 'image' holds no class names or numbers; set label"),
-        ({"label": "pair"}, "split 'train': column 'pair' holds no class names or numbers; set label"),
-        ({"image": "pair"}, "split 'train': column 'pair' holds no images; set image"),
-        ({"image": "label"}, "split 'train': column 'label' holds no images; set image"),
+        ({"label": "image"}, "split 'train': column 'image' contains no class names or numbers; set label"),
+        ({"label": "pair"}, "split 'train': column 'pair' contains no class names or numbers; set label"),
+        ({"image": "pair"}, "split 'train': column 'pair' contains no images; set image"),
+        ({"image": "label"}, "split 'train': column 'label' contains no images; set image"),
         ({"size": 3_000_000}, "images were asked for at size 3000000; use 1 to 4096 pixels"),
         ({"image": "deep"}, "split 'train': image 0: an image has Pillow mode 'I;16', more than 8 bits"),
     ],
@@ -230,7 +230,7 @@ def test_a_broken_image_of_a_folder_is_named_by_its_file(tmp_path: Path) -> None
         Image.fromarray(pictures(1)[0]).save(tmp_path / "train" / name / "one.png")
     broken = tmp_path / "train" / "dog" / "one.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(UsageError, match=rf"split 'train': image 1 is broken \({re.escape(str(broken))}: .*\); mend"):
+    with pytest.raises(UsageError, match=rf"split 'train': image 1 is broken \({re.escape(str(broken))}: .*\); repair"):
         load_hf(tmp_path, test=None)
 
 
@@ -245,7 +245,7 @@ def test_why_files_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.
     broken = tmp_path / "data" / "train-1.parquet"
     content = broken.read_bytes()
     broken.write_bytes(content[:100] + b"x" * 4000 + content[4100:])
-    with pytest.raises(UsageError, match=re.escape(f"; mend {broken}")):
+    with pytest.raises(UsageError, match=re.escape(f"; repair {broken}")):
         load_hf(tmp_path / "data", test=None)
 
 
@@ -258,10 +258,10 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     for absent in (tmp_path / "absent", str(tmp_path / "*.parquet"), "./absent"):
         with pytest.raises(UsageError, match="no such file or folder"):
             load_hf(absent)
-    with pytest.raises(UsageError, match="nobody/nothing: not to be opened"):
+    with pytest.raises(UsageError, match="nobody/nothing cannot be opened"):
         load_hf("nobody/nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty: not to be opened"):
+    with pytest.raises(UsageError, match="empty cannot be opened"):
         load_hf(tmp_path / "empty")
     made([], []).to_parquet(tmp_path / "half" / "test.parquet")
     made(pictures(1), [0]).to_parquet(tmp_path / "half" / "train.parquet")

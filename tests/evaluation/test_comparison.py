@@ -233,7 +233,7 @@ def test_an_incomplete_seed_leaves_the_average_and_a_failure_all_of_it() -> None
 def test_unlike_settings_and_budgets_are_said() -> None:
     rows = [changed(r, setting="other", inner_steps=999) if r.label == "reptile" else r for r in table(VALUES)]
     notes = " ".join(summary_table(rows).notes)
-    assert "not like with like" in notes
+    assert "not like for like" in notes
     assert "unequal budgets of 999 and 2,000" in notes
 
 
@@ -359,7 +359,7 @@ def test_two_commands_may_add_rows_at_once(tmp_path: Path) -> None:
         ('{"a"', "line 2: .*delimiter"),
         ("5", "line 2 is not a mapping"),
         ("{}", "checkpoint in line 2 is None"),
-        ("UNKNOWN", "line 2: checkpoint 'none' is no starting point"),
+        ("UNKNOWN", "line 2: checkpoint 'none' is not a starting point"),
     ],
 )
 def test_damage_inside_is_named(tmp_path: Path, line: str, word: str) -> None:

@@ -281,7 +281,7 @@ def test_keep_takes_the_initializations_statistics_or_says_there_are_none() -> N
     assert norm.running_var.tolist() == [3.0] * 4
     assert int(norm.num_batches_tracked) == 11
     assert tune(body() | statistics, steps=0).module.norm.running_mean.tolist() == [0.0] * 4
-    with pytest.raises(UsageError, match=r"brings statistics for 'norm'.*recalibrate"):
+    with pytest.raises(UsageError, match=r"has statistics for 'norm'.*recalibrate"):
         tune(body(), steps=0, running_stats="keep")
 
 

@@ -379,7 +379,7 @@ def test_errors_grow_with_k(finished: Path) -> None:
 
 
 def test_a_folder_of_other_settings_is_refused(finished: Path) -> None:
-    with pytest.raises(UsageError, match="holds an experiment with other settings; name another folder with --out"):
+    with pytest.raises(UsageError, match="contains an experiment with other settings; name another folder with --out"):
         run_experiment(finished, plan=replace(TINY, draws=3))
 
 

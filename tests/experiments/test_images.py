@@ -168,10 +168,10 @@ def test_rates_of_sweeps_replace_the_published_ones(tmp_path: Path) -> None:
     ("choice", "parts", "word"),
     [
         ({"": {"meta_lr": "1"}}, {}, "no choice for each method"),
-        ({"reptile": 3}, {}, "no readable"),
-        ([1], {}, "no readable"),
-        ({"reptile": {"meta_lr": "1"}}, {"edges": []}, "no readable"),
-        ({"reptile": {"meta_lr": "1"}}, {"edges": {"reptile": 3}}, "no readable"),
+        ({"reptile": 3}, {}, "not a readable"),
+        ([1], {}, "not a readable"),
+        ({"reptile": {"meta_lr": "1"}}, {"edges": []}, "not a readable"),
+        ({"reptile": {"meta_lr": "1"}}, {"edges": {"reptile": 3}}, "not a readable"),
         ({"reptile": {"meta_lr": "1"}}, {"recipe": "digits"}, "sweep of recipe 'digits'"),
         ({"reptile": {"meta_lr": "1"}}, {"horizon": 200}, "at horizon 200"),
         ({"reptile": {"meta_lr": "1", "horizon": "20"}}, {}, "at horizon 20"),
@@ -237,11 +237,11 @@ def test_a_complete_run_is_fine_tuned_with_its_own_threads(tmp_path: Path, monke
     [
         ("images-ablation", {"scale": "smal"}, "scale is 'smal'"),
         ("images-ablation", {"seeds": 0}, "seeds is 0"),
-        ("images-ablation", {"overrides": ["seed=7"]}, "give --seeds N"),
-        ("images-ablation", {"overrides": ["output.name=a"]}, "give --out DIR"),
-        ("images-ablation", {"overrides": ["method=reptile"]}, "set method of their own"),
+        ("images-ablation", {"overrides": ["seed=7"]}, "use --seeds N"),
+        ("images-ablation", {"overrides": ["output.name=a"]}, "use --out DIR"),
+        ("images-ablation", {"overrides": ["method=reptile"]}, "set method themselves"),
         ("images-ablation", {"overrides": ["meta_lr=1"]}, "rates with --tuned"),
-        ("images-horizon", {"overrides": ["rounds=4"]}, "set rounds of their own"),
+        ("images-horizon", {"overrides": ["rounds=4"]}, "set rounds themselves"),
     ],
 )
 def test_refusals(name: str, options: dict[str, Any], word: str) -> None:
@@ -262,7 +262,7 @@ def test_missing_caches_are_named_before_any_training(root: Path, tmp_path: Path
 
 def test_full_scale_wants_caches_of_the_registered_sizes(root: Path, tmp_path: Path) -> None:
     run = partial(run_published, "images-ablation", overrides=[f"data.root={root / 'data'}"], seeds=1)
-    with pytest.raises(UsageError, match=r"tinyimagenet has images of 8 pixels, and --scale full .* registered 64"):
+    with pytest.raises(UsageError, match=r"tinyimagenet has images of 8 pixels, but --scale full .* registered 64"):
         run(out=tmp_path)
     assert not [*tmp_path.iterdir()]
 

@@ -193,7 +193,7 @@ def test_starts_that_diverge_are_counted_and_disturb_no_other() -> None:
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(OFFERED)))
 def test_methods_without_a_meaning_here_are_refused(method: str) -> None:
-    with pytest.raises(UsageError, match=f"method {method} is not offered here, .*; use one of trajectory-shifting"):
+    with pytest.raises(UsageError, match=f"method {method} is not available here: .*; use one of trajectory-shifting"):
         updates(method, STARTS)
 
 
@@ -206,7 +206,7 @@ def test_methods_without_a_meaning_here_are_refused(method: str) -> None:
         (lambda: run("reptile", STARTS, meta_lr=-1.0), "meta_lr is -1.0; use a positive number"),
         (lambda: run("reptile", STARTS, inner_lr=math.inf), "inner_lr is inf; use a positive number"),
         (lambda: run("reptile", STARTS, momentum=1.0), "momentum is 1.0; use a number from 0 to below 1"),
-        (lambda: run("reptile", STARTS[0]), r"starts have the shape \[2\]; give \[N, 2\]"),
+        (lambda: run("reptile", STARTS[0]), r"starts have the shape \[2\]; pass \[N, 2\]"),
         (lambda: run("reptile", STARTS / 0), "3 of 3 starts are not finite; leave them out"),
         (lambda: run("reptile", STARTS.expand(5, 3, 2)), r"\[5, 3, 2\], but \[\] sets of tasks are stacked"),
         (lambda: quality_map(STARTS, 0, 0.1), "steps is 0; use at least 1"),

@@ -152,7 +152,7 @@ def test_a_study_cut_off_at_any_row_ends_with_the_same_file(tmp_path: Path) -> N
         run_study(cut, study=STUDY)
         assert (cut / FILE).read_bytes() == b"".join(rows)
         assert (cut / "study.md").read_text() == report
-    with pytest.raises(UsageError, match="is of a study with other settings; delete it, or name another folder"):
+    with pytest.raises(UsageError, match="is from a study with other settings; delete it, or name another folder"):
         run_study(whole, study=replace(STUDY, long=3))
     check_damage(whole, rows, report)
 

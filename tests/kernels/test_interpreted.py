@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.kernels import DEVICE
+
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which the dev extra brings on Linux x86_64")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs the kernels themselves")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreted run itself")
 def test_kernels_by_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

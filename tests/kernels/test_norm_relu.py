@@ -99,7 +99,10 @@ def test_the_papers_sizes(channels: int, size: int, add: bool) -> None:
     found, again = (results(copy.deepcopy(bn), x, given) for _ in range(2))
     for name, value in found.items():
         assert torch.equal(value, again[name]), name
-        assert distance(value, truth[name]) <= SLACK * distance(eager[name], truth[name]) + 2e-5, name
+        if name == "running_mean":  # exact to the spread of x, which is 1: a mean near zero has no scale of its own
+            torch.testing.assert_close(value.double(), truth[name].double(), rtol=0.0, atol=1e-7)
+        else:
+            assert distance(value, truth[name]) <= SLACK * distance(eager[name], truth[name]) + 2e-5, name
 
 
 def test_second_derivatives_need_the_eager_operation() -> None:

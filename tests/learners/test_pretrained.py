@@ -160,14 +160,16 @@ class Trap:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": weights(), "trap": Trap()}, "trap.pth")
-    with pytest.raises(UsageError, match=r"trap.pth is not a readable state dict \(it holds more than tensors\); save"):
+    with pytest.raises(
+        UsageError, match=r"trap.pth is not a readable state dict \(it contains more than tensors\); save"
+    ):
         load_start("trap.pth")
     assert not Path("sprung").exists()
     Path("text.pth").write_text("hello")
     with pytest.raises(UsageError, match=r"text.pth is not a readable state dict"):
         load_start("text.pth")
     torch.save([1, 2], "list.pth")
-    with pytest.raises(UsageError, match=r"list.pth holds no named tensors; save the module's state_dict"):
+    with pytest.raises(UsageError, match=r"list.pth contains no named tensors; save the module's state_dict"):
         load_start("list.pth")
     with pytest.raises(UsageError, match=r"no weights at gone.pth; give the path"):
         load_start("gone.pth")
@@ -200,7 +202,7 @@ def test_weights_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
-    with pytest.raises(UsageError, match=r"hub:a/b: not to be had from the hub \(no route to host\); give a"):
+    with pytest.raises(UsageError, match=r"hub:a/b is not available from the hub \(no route to host\); give a"):
         load_start("hub:a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=r"weights from the hub need huggingface_hub: pip install 'trajshift\[data\]'"):

@@ -198,8 +198,8 @@ def test_regression_head() -> None:
         ("resnet18", image_task(shape=(28, 28)), {}, "input_shape (28, 28)"),
         ("no_such_package:factory", image_task(), {}, "cannot import 'no_such_package'"),
         ("trajshift.models:no_such", image_task(), {}, "has no 'no_such'"),
-        ("trajshift.models:", image_task(), {}, "is no import path"),
-        ("../mine.py:factory", image_task(), {}, "is no import path"),
+        ("trajshift.models:", image_task(), {}, "is not an import path"),
+        ("../mine.py:factory", image_task(), {}, "is not an import path"),
         ("math:pi", image_task(), {}, "is a float"),
     ],
 )

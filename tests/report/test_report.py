@@ -228,7 +228,7 @@ def test_one_run_with_one_seed(tmp_path: Path) -> None:
     page = write_report([run])
     assert page == run / "report.html"
     reader, text = read(page)
-    assert "one seed has no interval and allows no test" in text.lower()
+    assert "one seed gives neither an interval nor a test" in text.lower()
     assert "Only the end of meta-training was evaluated" in text
     assert "Few data" not in text
     assert reader.tags.count("figure") == 4

@@ -227,7 +227,7 @@ def test_a_finished_run_resumed_stays_as_it_is(whole: Path, tmp_path: Path) -> N
 
 
 def test_a_run_is_not_overwritten(whole: Path) -> None:
-    with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(UsageError, match="already contains a run; continue it with --resume"):
         go(whole)
 
 

@@ -137,7 +137,9 @@ def test_the_choice_of_another_sweep_is_not_replaced(
     monkeypatch.setattr("trajshift.runs.sweep.run_jobs", lambda jobs, **options: {})
     monkeypatch.setattr("trajshift.runs.sweep.collect_results", collected)
     run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2"], output=tmp_path)
-    with pytest.raises(UsageError, match="holds the choice of a sweep over method=reptile,leap, which would be lost"):
+    with pytest.raises(
+        UsageError, match="contains the choice of a sweep over method=reptile,leap, which would be lost"
+    ):
         run_sweep(recipe, ["method=reptile", "meta_lr=1,2,5"], output=tmp_path)
     run_sweep(recipe, ["method=reptile,leap", "meta_lr=1,2,5"], output=tmp_path)
     assert json.loads((tmp_path / "sweep.json").read_text())["grid"]["meta_lr"] == ["1", "2", "5"]

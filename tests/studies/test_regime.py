@@ -277,7 +277,7 @@ def test_runs_are_not_done_again(
     assert more[:2] == rows
     options = ["--device", "cpu", "--size", 4, "--methods", "mtl", "--rates", "mtl=0.2"]
     assert status(train.app, data, tmp_path, *options) == 2
-    assert "holds mtl of seed 0 at inner rate 0.1, not inner rate 0.2; name another OUT" in capsys.readouterr().err
+    assert "contains mtl of seed 0 at inner rate 0.1, not inner rate 0.2; name another OUT" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_is_not_begun(
@@ -382,8 +382,8 @@ def test_without_rows_there_is_no_result_yet(tmp_path: Path, capsys: pytest.Capt
         (train.app, ["--size", "big"], "size is 'big'; use native or a number of pixels"),
         (train.app, ["--rates", "mtl=0.1,1"], "rates are 'mtl=0.1,1'; write mtl=INNER with positive numbers"),
         (train.app, ["--rates", "reptile=0.1"], "write reptile=INNER,META"),
-        (train.app, [], "does not hold all that chooses the rates of trajectory-shifting at size 32; give --tune, or"),
-        (finetune.app, [], "holds no finished run"),
+        (train.app, [], "lacks trials that choosing the rates of trajectory-shifting needs at size 32; use --tune, or"),
+        (finetune.app, [], "contains no finished run"),
     ],
 )
 def test_a_mistake_is_one_sentence(

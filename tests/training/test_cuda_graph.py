@@ -17,7 +17,8 @@ from trajshift import Inner, Task, UsageError
 from trajshift.rng import repeatable
 from trajshift.training.checkpoint import load, save
 from trajshift.training.engines.choose import choose_engine
-from trajshift.training.engines.cuda_graph import LANES, CudaRecorder, Graph, lanes_for, longest_first
+from trajshift.training.engines.cuda_graph import Graph, lanes_for, longest_first
+from trajshift.training.engines.recorder import LANES, CudaRecorder
 
 
 @pytest.mark.parametrize("options", MIXES, ids=str)
@@ -241,5 +242,5 @@ def test_sources_must_lie_on_the_device() -> None:
     assert "not held on the device" in str(Graph.obstacle(make("trajectory-shifting", listed).meta_step))
     own = [Task(name="own", train=image_tasks((2,))[0].train, outputs=2, transform=lambda batch, key: batch)]
     assert "transform of task 'own'" in str(Graph.obstacle(make("trajectory-shifting", own).meta_step))
-    with pytest.raises(UsageError, match="engine graph is not for this run: it is for CUDA and the device is cpu"):
+    with pytest.raises(UsageError, match="engine graph cannot run this: it is for CUDA and the device is cpu"):
         choose_engine("graph", plain.meta_step)

@@ -163,7 +163,7 @@ def test_auto_says_why_it_stays_with_the_loop() -> None:
     ("engine", "model", "sentence"),
     [
         ("paralel", ConvNet, "engine is 'paralel', which is unknown; did you mean 'parallel'"),
-        ("parallel", partial(ConvNet, dropout=0.1), "engine parallel is not for this run: the model of task 'images0'"),
+        ("parallel", partial(ConvNet, dropout=0.1), "engine parallel cannot run this: the model of task 'images0'"),
     ],
 )
 def test_an_engine_that_cannot_is_refused(engine: str, model: Any, sentence: str) -> None:

@@ -1,6 +1,6 @@
 """Carries: what happens to the running theta once phi has moved by delta, inside a trajectory.
 
-Shapes: T learners (rows) on this rank, P shared numbers each. A carry of one's own is a class with `__call__`:
+Shapes: T learners (rows) on this rank, P shared numbers each. Your own carry is a class with `__call__`:
 
 ```python
 class HalfShift(Carry):
@@ -24,15 +24,15 @@ from trajshift.rng import key, normal
 
 
 class Carry:
-    """Base of all carries. One of the user's own moves `view.theta` and may keep state within a trajectory."""
+    """Base of all carries. A custom one moves `view.theta` and may keep state within a trajectory."""
 
     needs_gradients = False
     """Whether `view.gradients` `[T, P]` must hold the gradients of the last inner step."""
     needs_snapshot = False
     """Whether `view.replay` is called, for which each learner's state at the start of the round is kept."""
     recordable = False
-    """Whether it is the same tensor work at every step, so that a CUDA graph can repeat it. Not inherited: a subclass
-    that is must say so itself."""
+    """Whether it does the same tensor work at every step, so that a CUDA graph can repeat it. Not inherited: each
+    subclass must set it for itself."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -98,7 +98,7 @@ class Replay(Carry):
     needs_snapshot = True
 
     def __call__(self, view: CarryView, delta: Tensor) -> None:
-        """k more inner steps of every task."""
+        """Takes k more inner steps of every task."""
         view.replay()
 
 

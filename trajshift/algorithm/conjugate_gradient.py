@@ -27,7 +27,7 @@ def conjugate_gradient(product: Product, b: Tensor, *, steps: int, tolerance: fl
     """Solves A x = b from x = 0 for a symmetric positive definite A given by `product(v) = A v`.
 
     Stops once ||b - A x|| <= tolerance * ||b||, after `steps` products, or at a direction p with p.Ap <= 0,
-    where the system has no minimum: x is then what was reached before it (b itself if that is nothing).
+    where the quadratic has no minimum: x is then the last iterate before it (b itself if there is none).
     Hestenes and Stiefel, 1952.
     """
     x = torch.zeros_like(b)

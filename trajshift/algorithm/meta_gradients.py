@@ -3,7 +3,7 @@
 Shapes: T learners (rows) on this rank, P numbers a row. Each class follows its equation: `begin` at the start
 of a trajectory, `observe` after every inner step of all learners, `read` at a meta-update. Several meta-updates
 may read one trajectory; the state then continues, so that with carry `shift` the path grows from 1 to K steps as
-in Algorithm 2. A meta-gradient of one's own is a class with `read`:
+in Algorithm 2. Your own meta-gradient is a class with `read`:
 
 ```python
 class SignOfDisplacement(MetaGradient):
@@ -28,7 +28,7 @@ from trajshift.errors import UsageError
 
 
 class MetaGradient:
-    """Base of the four: nothing to remember, no gradients needed, no penalty."""
+    """Base of all meta-gradients: keeps no state, needs no gradients, adds no penalty."""
 
     needs_gradients = False
     """Whether `observe` or `read` uses rows of gradients `[T, P]`."""
@@ -37,8 +37,8 @@ class MetaGradient:
     penalty = 0.0
     """Strength lambda of the inner penalty lambda/2 ||theta - phi||^2."""
     recordable = False
-    """Whether it is the same tensor work at every step, so that a CUDA graph can repeat it. Not inherited: a subclass
-    that is must say so itself."""
+    """Whether it does the same tensor work at every step, so that a CUDA graph can repeat it. Not inherited: each
+    subclass must set it for itself."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,7 +140,7 @@ class PathLength(MetaGradient):
         self._previous.copy_(theta)
 
     def carried(self, theta: Tensor) -> None:
-        """A carry is no part of the path."""
+        """A carry's move is not part of the path."""
         self._previous.copy_(theta)
 
     def read(self, view: MetaGradientView) -> Tensor:
@@ -238,7 +238,7 @@ _BY_NAME: dict[str, type[MetaGradient]] = {
 
 
 def name_of(metagrad: MetaGradient) -> str | None:
-    """The name of an object's class; None for a class of the user's own."""
+    """The name of an object's class; None for a custom class."""
     return next((name for name, kind in _BY_NAME.items() if type(metagrad) is kind), None)
 
 

@@ -59,9 +59,9 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedMethod(Method):
-    """A method at a known horizon, with the user's choices put in and invalid combinations refused.
+    """A method at a known horizon, with the user's choices filled in and invalid combinations rejected.
 
-    `metagrad` and `carry` name what runs: one of the names above, or the class of an object of the user's own.
+    `metagrad` and `carry` name what runs: one of the names above, or the class of a custom object.
     """
 
     meta_every: int
@@ -155,7 +155,7 @@ def _table() -> dict[str, Method]:
             fomaml,
             name="anil",
             adapt="head",
-            summary="FOMAML in which only the head adapts inside",
+            summary="FOMAML whose inner steps adapt only the head",
             reference="Raghu et al., ICLR 2020",
         ),
         joint,
@@ -184,7 +184,7 @@ def resolve(
     metagrad: str | None = None,
     batch: str | None = None,
 ) -> ResolvedMethod:
-    """A preset with the user's own choices put in and its cadence made a number.
+    """A preset with the user's choices filled in and its cadence resolved to a number.
 
     Raises:
         UsageError: an unknown name, a cadence that does not fit the horizon, or an invalid combination.
@@ -231,11 +231,11 @@ def _refuse_invalid(method: ResolvedMethod, horizon: int) -> None:
         )
     if method.adapt == "head" and method.carry == "random" and every < horizon:
         raise UsageError(
-            "carry random with adapt head: only noise would part theta from phi; use carry shift, replay or hold"
+            "carry random with adapt head: only noise would separate theta from phi; use carry shift, replay or hold"
         )
     if method.metagrad in _WITHOUT_BATCH and method.batch == "heldout":
         raise UsageError(
-            f"metagrad {method.metagrad} takes no gradient of its own, so batch heldout has no use; drop it"
+            f"metagrad {method.metagrad} takes no gradient of its own, so batch heldout would have no effect; drop it"
         )
     if method.joint and (method.adapt, method.carry, method.metagrad, every) != (
         "head",

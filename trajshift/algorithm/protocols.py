@@ -14,11 +14,11 @@ from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
 Hessian = AbstractContextManager[Product]
-"""Entered, it gives `v [P] -> H v [P]`; left, it frees the graph."""
+"""A context manager: it yields `v [P] -> H v [P]` and frees the graph on exit."""
 
 
 class MetaGradientView(Protocol):
-    """What a meta-gradient may ask for at the moment it is read. No pass leaves a trace in any learner."""
+    """What a meta-gradient may ask for while it is read. No pass changes any learner."""
 
     phi: Tensor
     """`[P]`."""
@@ -27,7 +27,7 @@ class MetaGradientView(Protocol):
     gradients: Tensor
     """`[T, P]`, the gradients that the last inner step followed; `[T, 0]` unless `needs_gradients`."""
     counts: Counter[str]
-    """What the reading costs: `gradient_evaluations` and counters of the meta-gradient's own."""
+    """What `read` costs: `gradient_evaluations` and the meta-gradient's own counters."""
 
     def losses(self) -> Tensor:
         """Losses `[T]` of the current theta on the last training batches."""
@@ -48,7 +48,7 @@ class CarryView(Protocol):
     phi: Tensor
     """`[P]`, where it is now; a carry reads it."""
     seed: int
-    """Of the run."""
+    """The run's seed."""
 
     @property
     def theta(self) -> Tensor:
@@ -87,7 +87,7 @@ class CarryView(Protocol):
 
     @property
     def momentum(self) -> float:
-        """Of the inner optimizer; 0 for one that has none."""
+        """Momentum of the inner optimizer; 0 if it has none."""
         ...
 
     @property

@@ -1,8 +1,9 @@
 """Algorithms 1 and 2 of Shin et al. (ICML 2021) in plain PyTorch: read this first, beside the paper.
 
-One module and one optimizer for each of the T tasks, phi as named tensors, nothing fast. `trajshift.training` computes
-the same numbers on one parameter matrix with any engine; the tests compare the two to 1e-10. The numbers in comments
-are the line numbers of the paper. Both algorithms yield k after every inner step, so that a caller can look and stop.
+One module and one optimizer for each of the T tasks, phi as named tensors, nothing tuned for speed.
+`trajshift.training` computes the same numbers on one parameter matrix with any engine; the tests compare the two to
+1e-10. The numbers in comments are line numbers in the paper. Both algorithms yield k after every inner step, so that a
+caller can inspect and stop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 Parameters = dict[str, Tensor]
-"""The shared parameters by name. What a module has besides (its head, BatchNorm statistics) belongs to its task."""
+"""The shared parameters by name. Everything else in a module (its head, BatchNorm statistics) belongs to its task."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names, and overrides: words with an equals sign which are no folder (a sweep names its runs by fields)."""
+    """Names, and overrides: words with an equals sign that are not folders (a sweep names its runs by fields)."""
     names: list[str] = []
     overrides: list[str] = []
     for word in words:
@@ -39,7 +39,7 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     path = Path(start)
     owner = recipe or (None if start.startswith("hub:") else _owner(path))
     if owner is None:
-        raise UsageError(f"{start} lies in no run directory; name the recipe of its model and tasks with --recipe")
+        raise UsageError(f"{start} is not in a run directory; name the recipe of its model and tasks with --recipe")
     loaded = load(owner, overrides)
     names = names or list(loaded.targets)
     if not names:
@@ -62,7 +62,9 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
     try:
         for name, task in tasks.items():
             if task.test is None:
-                console().print(f"note: {name} has no test examples, so it has no metrics; options.test names some")
+                console().print(
+                    f"note: {name} has no test examples, so it has no metrics; set options.test to get some"
+                )
             for label, initialization in ([("scratch", None)] if scratch else []) + [(path.name, phi)]:
                 with Progress(f"{name} from {label}", loaded.finetune.steps) as progress:
                     tuned = tune(initialization, task, progress=lambda step, steps: progress.update(step), **options)
@@ -77,7 +79,7 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
 
 
 def _refuse_what_cannot_be_written(folder: Path) -> None:
-    """Before hours of work: makes the folder and a file in it, which goes again."""
+    """Fails before hours of work, not after: creates the folder and a file in it, which is deleted again."""
     with disk_errors(folder, option="--save", again="the same command"):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -185,7 +187,7 @@ def _sizes(text: str) -> list[int | None]:
     sizes: list[int | None] = []
     for part in text.split(","):
         if part != "all" and not (part.isdigit() and int(part) > 0):
-            raise UsageError(f"--images holds {part!r}; write numbers above 0 or all, such as 100,500,all")
+            raise UsageError(f"--images contains {part!r}; write numbers above 0 or all, such as 100,500,all")
         sizes.append(None if part == "all" else int(part))
     return sizes
 

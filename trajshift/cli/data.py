@@ -22,10 +22,10 @@ Root = Annotated[Path, typer.Option("--root", help="Folder of the caches.")]
 
 @app.command("list")
 def list_sets(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Tell all facts of these.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Show all facts about these.")] = None,
     root: Root = Path("data"),
 ) -> None:
-    """List the registered data sets, or everything known of some and who says so."""
+    """List the registered data sets, or all that is known about some of them, with sources."""
     from dataclasses import asdict
 
     from trajshift.data.registry import find, registered
@@ -69,7 +69,7 @@ def prepare(
 ) -> None:
     """Download data sets, decode and resize every image once, write memory-mapped caches.
 
-    Resumable: the same command goes on where it stopped. Fields that can be set: hub, revision, subset, train, test,
+    Resumable: rerun the same command to resume. Fields that can be set: hub, revision, subset, train, test,
     image, label, size.
     """
     from trajshift.cli.commands import split_words
@@ -101,7 +101,7 @@ def prepare(
 
 @app.command("check")
 def check_caches(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all that are there.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all in the folder.")] = None,
     root: Root = Path("data"),
 ) -> None:
     """Compare caches with their checksums, and their figures with the registered ones."""
@@ -123,7 +123,7 @@ def check_caches(
             continue
         images = ", ".join(f"{shape[0]:,} {split}" for split, shape in manifest["images"].items())
         pixels = "x".join(map(str, manifest["images"]["train"][1:]))
-        console().print(f"{name}: whole; {images} images of {pixels}, {len(manifest['class_names'])} classes")
+        console().print(f"{name}: complete; {images} images of {pixels}, {len(manifest['class_names'])} classes")
         differing = figures_that_differ(manifest, find(name))
         for sentence in differing:
             console().print(f"  warning: {sentence}", soft_wrap=True)

@@ -47,11 +47,11 @@ def approximation_error(
         ),
     ] = None,
     out: Out = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two draws and few steps: a check, no result.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two draws and few steps: a check, not a result.")] = False,
 ) -> None:
-    """How far a shifted trajectory is from the one it stands for (section 3.3): figure 3, orders, better shifts.
+    """How far a shifted trajectory is from the one it approximates (section 3.3): figure 3, orders, better shifts.
 
-    About 8 minutes on two cores with the default recipe; what is measured is kept, and the same command goes on.
+    About 8 minutes on two cores with the default recipe; measurements are kept, and rerunning the same command resumes.
     """
     from trajshift.cli.commands import split_words
     from trajshift.experiments.approximation.experiment import run_experiment
@@ -79,7 +79,9 @@ def _published(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs and the page.")] = None,
     tuned: Annotated[
         list[Path] | None,
-        typer.Option(help="The sweep.json of a sweep over method=...: its methods get its rates. May be repeated."),
+        typer.Option(
+            help="The sweep.json of a sweep over method=...: its methods use the chosen rates. May be repeated."
+        ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, one on a GPU.")] = None,
 ) -> None:
@@ -97,4 +99,4 @@ def _published(
 
 
 for _name, _experiment in EXPERIMENTS.items():
-    app.command(_name, help=f"{_experiment.summary} Resumable: the same command goes on.")(_published)
+    app.command(_name, help=f"{_experiment.summary} Resumable: rerun the same command to resume.")(_published)

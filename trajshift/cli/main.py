@@ -17,17 +17,17 @@ from trajshift.cli.experiments import app as experiments
 from trajshift.errors import UsageError
 
 _RESUMABLE = ("demo", "evaluate", "sweep", "experiment", "data")
-"""Commands that go on where they stopped when they are given again."""
+"""Commands that resume when they are run again."""
 
 
 class _Group(TyperGroup):
-    """Says that an interrupt came, which typer answers by the exit status alone."""
+    """Reports an interrupt, for which typer only sets the exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            remedy = "; the same command goes on" if ctx.invoked_subcommand in _RESUMABLE else ""
+            remedy = "; rerun the same command to resume" if ctx.invoked_subcommand in _RESUMABLE else ""
             print(f"trajshift: interrupted{remedy}", file=sys.stderr)
             raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -71,9 +71,9 @@ def _options(
 @app.command()
 def demo(
     output: Annotated[Path | None, typer.Option(help="Folder for the runs and the page; default runs/demo.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few steps: a check, no result.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two seeds and few steps: a check, not a result.")] = False,
 ) -> None:
-    """Meta-train four methods on built-in digits, fine-tune each, print who does how well (under 2 minutes)."""
+    """Meta-train four methods on built-in digits, fine-tune each, print how well each does (under 2 minutes)."""
     from trajshift.experiments.demo import run_demo
 
     run_demo(output or Path("runs/demo-quick" if quick else "runs/demo"), quick=quick)
@@ -84,7 +84,7 @@ def train(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run (of this name, or RECIPE is a run directory).")
+        bool, typer.Option("--resume", help="Resume the run named by --name, or the run directory given as RECIPE.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run directory.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
@@ -104,7 +104,7 @@ def train(
         return
     if Path(recipe).is_dir():
         if not resume:
-            raise UsageError(f"{recipe} is a run directory; go on with it by --resume, or name a recipe")
+            raise UsageError(f"{recipe} is a run directory; resume it with --resume, or name a recipe")
         path = Path(recipe)
     else:
         path = Path(loaded.output.directory) / run_name(loaded, find(recipe).stem)
@@ -130,7 +130,7 @@ def finetune(
         list[str] | None,
         typer.Argument(metavar="[TASK | KEY.PATH=VALUE]...", help="Tasks of the recipe (default: its targets)."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="The recipe, where the file lies in no run directory.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe, if the file is not in a run directory.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the fine-tuned models.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Also train from scratch, for comparison.")] = False,
 ) -> None:
@@ -166,7 +166,7 @@ def evaluate(
 ) -> None:
     """Fine-tune the targets of finished runs and compare the methods over seeds.
 
-    Results are kept in the runs' evaluation.jsonl; what is there is not computed again.
+    Results are kept in the runs' evaluation.jsonl; existing ones are not computed again.
     """
     from trajshift.cli import commands
 
@@ -203,13 +203,15 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default one per core, at most.")] = None,
     extend: Annotated[
         bool,
-        typer.Option("--extend", help="Go on beyond an end of the rates (fields in lr) while the best lies there."),
+        typer.Option(
+            "--extend", help="Extend the grid beyond an end of the rates (fields in lr) while the best is there."
+        ),
     ] = False,
 ) -> None:
     """Train a grid of runs, fine-tune each on the recipe's tuning tasks, and choose for each method.
 
-    Joint training has no meta_lr and is run once for all of its values. Resumable: the same command goes on where
-    it stopped.
+    Joint training has no meta_lr and is run once for all of its values. Resumable: rerun the same
+    command to resume.
     """
     from trajshift.runs.sweep import run_sweep
 

@@ -33,7 +33,7 @@ def draw_crops(crop: int | Tensor, mirror: int | Tensor, place: Tensor, *, paddi
 def crop_and_flip(images: Tensor, draw: Tensor, *, padding: int, flip: bool) -> Tensor:
     """Shift each image of `[B, C, H, W]` by up to `padding` pixels and mirror some, as `draw` `[3, B]` says.
 
-    What is shifted in is zero, as in torchvision's `RandomCrop(size, padding)`. Crop and mirroring are one gather.
+    Pixels shifted in are zero, as in torchvision's `RandomCrop(size, padding)`. Crop and mirroring are one gather.
     """
     count, channels, height, width = images.shape
     top, left, mirrored = draw.unsqueeze(2).unbind(0)
@@ -151,10 +151,10 @@ def image_task(
     """A classification task on images `(x [B, C, H, W], y [B])` with the augmentation of `ImageTransform`.
 
     `train` and `test` are anything `as_source` takes. `channels` repeats grey images to that number. The shape
-    of one example is read off the first.
+    of one example is taken from the first.
 
     Raises:
-        UsageError: examples that are no images, or test images of another shape than the training images.
+        UsageError: examples that are not images, or test images of another shape than the training images.
     """
     source = as_source(train, what=f"the training set of task {name!r}")
     shape = _image_shape(name, source, channels)

@@ -193,7 +193,7 @@ class TaskBatches:
     """The batches of one task on its device, transformed.
 
     Args:
-        task: its `batch_size`, where set, goes before the argument.
+        task: its `batch_size`, if set, overrides the argument.
         seed: with the task's name it decides every draw.
         batch_size: examples per training batch.
         device: where batches are delivered; sources in memory of up to `DEVICE_BYTES` move there whole.

@@ -1,4 +1,4 @@
-"""Caches of prepared images: uint8 files that are mapped into memory, never read whole, with a manifest beside.
+"""Caches of prepared images: uint8 files that are mapped into memory, never read whole, with a manifest beside them.
 
     ROOT/NAME/
       train-images.npy   uint8 [N, C, H, W]        test-images.npy
@@ -32,7 +32,7 @@ FILES = tuple(f"{split}-{part}.npy" for split in SPLITS for part in ("images", "
 
 
 def open_cache(root: str | Path, name: str, size: int | None = None) -> ImageData:
-    """The cache of a registered data set below the folder `root`, mapped; of some classes where it has but these.
+    """The cache of a registered data set in the folder `root`, mapped; of a set that is part of another, its classes.
 
     Raises:
         UsageError: an unknown name, no cache of it, one of another `size` (pixels; None takes any), or files that
@@ -44,7 +44,7 @@ def open_cache(root: str | Path, name: str, size: int | None = None) -> ImageDat
     pixels = manifest["images"]["train"][-1]
     if size not in (None, pixels):
         raise UsageError(
-            f"size {size} is asked for, but the cache of {name!r} in {root} has {pixels} pixels; drop size, or make"
+            f"size {size} was requested, but the cache of {name!r} in {root} has {pixels} pixels; drop size, or make"
             f" another with: {_prepare(name, size, 'FOLDER')}"
         )
     names = tuple(manifest["class_names"])
@@ -64,7 +64,7 @@ def open_cache(root: str | Path, name: str, size: int | None = None) -> ImageDat
 
 
 def members_only(labels: Tensor, members: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Places of the examples that are in the classes `members`, and their class numbers counted in its order.
+    """Positions of the examples that are in the classes `members`, and their class numbers counted in its order.
 
     Raises:
         UsageError: a class has no example.
@@ -75,12 +75,12 @@ def members_only(labels: Tensor, members: tuple[int, ...]) -> tuple[Tensor, Tens
     renumbered = order[labels[places]]
     absent = torch.nonzero(torch.bincount(renumbered, minlength=len(members)) == 0).flatten().tolist()
     if absent:
-        raise UsageError(f"class {members[absent[0]]} has no example; the data set is another than the registered one")
+        raise UsageError(f"class {members[absent[0]]} has no example; the data set is not the registered one")
     return places, renumbered
 
 
 def _load(path: Path, kind: str, shape: list[int], manifest: Mapping[str, Any]) -> np.ndarray:
-    """An array of a cache, images mapped; refused if it is not what the manifest says."""
+    """An array of a cache, images mapped; rejected if it is not what the manifest states."""
     try:
         array = np.load(path, mmap_mode="r" if "images" in path.name else None, allow_pickle=False)
         found = f"{array.dtype} {list(array.shape)}"
@@ -89,15 +89,15 @@ def _load(path: Path, kind: str, shape: list[int], manifest: Mapping[str, Any]) 
     except Exception as error:  # whatever numpy meets in a damaged header
         raise UsageError(f"{path} is damaged ({first_line(error)}); {_anew(path.parent, manifest)}") from error
     if found != f"{kind} {shape}":
-        raise UsageError(f"{path} holds {found} and should hold {kind} {shape}; {_anew(path.parent, manifest)}")
+        raise UsageError(f"{path} contains {found} but should contain {kind} {shape}; {_anew(path.parent, manifest)}")
     return np.asarray(array)
 
 
 def read_manifest(folder: Path, entry: DataSet, size: int | None = None) -> dict[str, Any]:
-    """The manifest of a cache whose files have the sizes that it says; where there is none `size` is advised.
+    """The manifest of a cache whose files have the sizes it states; if there is no cache, the advice names `size`.
 
     Raises:
-        UsageError: no cache, one that is damaged, or other figures than those of a verified entry.
+        UsageError: no cache, a damaged one, or figures that differ from those of a verified entry.
     """
     if not folder.is_dir():
         command = _prepare(entry.name, size, folder.parent)
@@ -106,19 +106,19 @@ def read_manifest(folder: Path, entry: DataSet, size: int | None = None) -> dict
         manifest = _parsed((folder / MANIFEST).read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in FILES}
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"{folder} is no whole cache ({error}); {_anew(folder)}") from error
+        raise UsageError(f"{folder} is an incomplete cache ({error}); {_anew(folder)}") from error
     except OSError as error:
         raise _unreadable(folder, error) from error
     for name, found in sizes.items():
         said = manifest["files"][name]["bytes"]
         if found != said:
-            raise UsageError(f"{folder / name} has {found} bytes and should have {said}; {_anew(folder, manifest)}")
+            raise UsageError(f"{folder / name} has {found} bytes but should have {said}; {_anew(folder, manifest)}")
     registered = find(folder.name)
     differing = figures_that_differ(manifest, registered)
     made_otherwise = [word for word in _overrides(manifest, registered) if not word.startswith("revision=")]
     if differing and registered.verified is not None and not made_otherwise:
         raise UsageError(
-            f"{folder}: {differing[0]}, which was right on {registered.verified}; {_anew(folder, manifest)}"
+            f"{folder}: {differing[0]}, which was correct on {registered.verified}; {_anew(folder, manifest)}"
         )
     return manifest
 
@@ -130,7 +130,7 @@ def _prepare(name: str, size: int | None, root: Path | str) -> str:
 
 
 def figures_that_differ(manifest: Mapping[str, Any], entry: DataSet) -> list[str]:
-    """Where a cache is not what a whole entry of the registry lets expect, a sentence each."""
+    """How a cache differs from the registry's entry of the whole set, one sentence each."""
     if entry.per_class is not None:
         train, test = (each * entry.classes for each in entry.per_class)
         entry = replace(entry, train_images=train, test_images=test)
@@ -142,18 +142,18 @@ _FIELDS = {
     "entry": dict, "from_local_copy": bool, "differs_from_registry": list, "class_names": list, "images": dict,
     "files": dict,
 }  # fmt: skip
-"""What a manifest must hold."""
+"""What a manifest must contain."""
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
     """A manifest.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: it is not a manifest; says why.
     """
     manifest = json.loads(text)
     if not isinstance(manifest, dict):
-        raise ValueError(f"{MANIFEST} is no mapping")
+        raise ValueError(f"{MANIFEST} is not a mapping")
     wrong = [field for field, kind in _FIELDS.items() if not isinstance(manifest.get(field), kind)]
     if not wrong:
         images, files = manifest["images"], manifest["files"]
@@ -180,7 +180,7 @@ def _anew(folder: Path, manifest: Mapping[str, Any] | None = None) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot read {error.filename or path} ({error.strerror}); mend its permissions or its disk")
+    return UsageError(f"cannot read {error.filename or path} ({error.strerror}); fix its permissions or its disk")
 
 
 def checksum(path: Path) -> str:
@@ -193,7 +193,7 @@ def checksum(path: Path) -> str:
 
 
 def check_cache(root: Path, name: str) -> dict[str, Any]:
-    """The manifest of a cache all of whose files have the checksums that it says.
+    """The manifest of a cache, all of whose files have the checksums it states.
 
     Raises:
         UsageError: no cache, a file that is damaged, or other figures than those of a verified entry.

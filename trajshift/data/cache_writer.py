@@ -1,6 +1,6 @@
 """From the hub, or a local copy of a repository, to a cache: each image is decoded and resized once.
 
-Images are appended in order, so a file's length says how far it is, and preparation goes on where it was killed.
+Images are appended in order, so a file's length shows how far it got, and preparation resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LOCK = "lock"
 CHUNK_BYTES = 2**20
 """Pixels that a worker hands over at once."""
 SYNC_BYTES = 16 * 2**20
-"""Pixels between waits for the disk; so many, and a chunk, may not be there after the machine itself went down."""
+"""Pixels between waits for the disk; up to this many, plus a chunk, may be lost if the machine itself goes down."""
 HEADER_BYTES = 128
 """Length of an `.npy` file of no pixels."""
 OVERRIDES: Mapping[str, type] = {
@@ -49,7 +49,7 @@ OVERRIDES: Mapping[str, type] = {
 
 
 def overridden(entry: DataSet, values: Mapping[str, Any]) -> DataSet:
-    """The entry with some of its fields replaced, which is then verified no more.
+    """The entry with some of its fields replaced, which then no longer counts as verified.
 
     Raises:
         UsageError: an unknown field or a value of another type.
@@ -64,22 +64,22 @@ def overridden(entry: DataSet, values: Mapping[str, Any]) -> DataSet:
 
 
 def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedImages, list[str]]:
-    """The images that an entry stands for, and how what was found differs from it, a sentence each.
+    """The images that an entry describes, and how the data found differ from it, one sentence each.
 
     Args:
         entry: of the registry.
         copy: a local copy of the repository; None takes the hub.
 
     Raises:
-        UsageError: not to be opened, a split or column that is missing, labels out of range, or a verified entry
+        UsageError: data that cannot be opened, a missing split or column, labels out of range, or a verified entry
             from which the data differ.
     """
     if copy is not None and not Path(copy).expanduser().exists():
         raise UsageError(f"{copy}: no such file or folder; give a local copy of {entry.hub}")
     if copy is None and Path(entry.hub).expanduser().exists():
         raise UsageError(
-            f"{entry.hub} is a folder here, which would be taken for the repository on the hub; give it by --from (in a"
-            " recipe by options.from), or work in another folder"
+            f"{entry.hub} is also a folder here and would be used instead of the repository on the hub; pass it with"
+            " --from (in a recipe: options.from), or run this in another folder"
         )
     opened = open_images(
         entry.hub if copy is None else Path(copy), train=entry.train, test=entry.test, image=entry.image,
@@ -89,7 +89,7 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
     differing = _differences(entry if entry.whole is None else find(entry.whole), opened)
     if differing and entry.verified is not None:
         raise UsageError(
-            f"{entry.name}: {differing[0]}, which was right on {entry.verified}; pin the revision of that day or"
+            f"{entry.name}: {differing[0]}, which was correct on {entry.verified}; pin the revision of that day or"
             " report the change"
         )
     splits, names = opened.splits, opened.class_names
@@ -105,7 +105,7 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
 
 
 def _differences(entry: DataSet, opened: OpenedImages) -> list[str]:
-    """Where the figures of an entry are not what was found."""
+    """Where the figures of an entry differ from what was found."""
     splits, classes = opened.splits, len(opened.class_names)
     differing = differences(entry, classes, len(splits["train"]), len(splits["test"]))
     for each, (split, images) in zip(entry.per_class or (), splits.items(), strict=False):
@@ -131,10 +131,10 @@ def prepare_cache(
     overrides: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Writes the cache of a registered data set, or goes on with it; returns its folder.
+    """Writes the cache of a registered data set, or resumes writing it; returns its folder.
 
-    Of a set that has some classes of another the whole one is prepared, once for all of them. A folder that is
-    there already is left as it is. What is half done is kept in `ROOT/NAME.part`, and goes on from the same data alone.
+    For a set that has some classes of another, the whole set is prepared, once for all of them. An existing folder is
+    left as it is. Unfinished work is kept in `ROOT/NAME.part` and resumes only from the same data.
 
     Args:
         name: of the registry.
@@ -145,7 +145,7 @@ def prepare_cache(
         quiet: no progress and no warnings.
 
     Raises:
-        UsageError: whatever is wrong with the data, or another cache of that name, finished or half done.
+        UsageError: anything wrong with the data, or another cache of that name, finished or not.
     """
     entry = find(name)
     entry = overridden(find(entry.whole or name), overrides or {})
@@ -177,7 +177,7 @@ def _same_as_asked(manifest: Mapping[str, Any], entry: DataSet, folder: Path) ->
 
 @contextmanager
 def _part(folder: Path) -> Iterator[Path]:
-    """The folder of half-done work, locked against other processes."""
+    """The folder of unfinished work, locked against other processes."""
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     with (part / LOCK).open("w") as lock:
@@ -210,7 +210,7 @@ def _describe(entry: DataSet, opened: OpenedImages, differing: list[str], *, cop
 
 
 def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source: str) -> None:
-    """Keeps what is there if it is of the same images, or starts; writes the labels.
+    """Keeps existing work on the same images, or starts; writes the labels.
 
     Raises:
         UsageError: images of another source, or prepared in another way, are there.
@@ -228,20 +228,20 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
     if there != plan:
         if there and any(file.stat().st_size > HEADER_BYTES for file in part.glob("*-images.npy")):
             raise UsageError(
-                f"{part} holds unfinished work: {_what_differs(there, plan)}; go back to what it was begun"
-                f" with, or remove {part} to start anew"
+                f"{part} contains unfinished work: {_what_differs(there, plan)}; use the settings it was"
+                f" started with, or remove {part} to start over"
             )
         for file in part.glob("*.npy"):
             file.unlink()
         replace_file(part / PLAN_FILE, json.dumps(plan))
     for split, numbers in labels.items():
         data = BytesIO()
-        np.save(data, numbers)  # to a file itself it writes without saying why it could not
+        np.save(data, numbers)  # given a path, it does not say why writing failed
         write_to_disk(part / f"{split}-labels.npy", data.getbuffer())
 
 
 def _what_differs(there: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """Of the plan that is there and the one that is asked for."""
+    """How the existing plan and the requested one differ."""
     begun = {**there.get("entry", {}), "source": there.get("source")}
     for field, asked in {**plan["entry"], "source": plan["source"]}.items():
         if begun.get(field) != asked:
@@ -250,11 +250,11 @@ def _what_differs(there: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
 
 
 def _finish(part: Path, manifest: dict[str, Any], folder: Path) -> None:
-    """Writes the manifest and makes the cache of the half-done work."""
+    """Writes the manifest and turns the unfinished work into the cache."""
     files = sorted(part.glob("*.npy"))
     manifest["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
     write_json(part / MANIFEST, manifest)
-    part.rename(folder)  # before the plan goes: who dies in between has lost nothing
+    part.rename(folder)  # before the plan is deleted: a process that dies in between has lost nothing
     for scaffold in (PLAN_FILE, LOCK):
         (folder / scaffold).unlink()
 
@@ -297,20 +297,20 @@ def _write(path: Path, images: DecodedImages, jobs: int, title: str, quiet: bool
             _Chunks(images, done, step),
             batch_size=None,
             num_workers=jobs if jobs > 1 else 0,
-            # A forked worker ends when its parent was killed; one of a fork server would stay for ever.
+            # A forked worker ends when its parent is killed; one of a fork server would stay forever.
             multiprocessing_context="fork" if jobs > 1 else None,
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),
         )
         chunks = iter(loader)  # before Progress starts a thread
-        advice = "lower --jobs, or find more memory, and repeat the command, which goes on"
+        advice = "lower --jobs or free some memory, and rerun the same command to resume"
         bar = Progress(title, len(images), start=done, enabled=not quiet, unit="image")
         with workers_alive(advice, fetching=True), bar as progress:
             synced = done
             for chunk in chunks:
                 if isinstance(chunk, UsageError):
                     raise UsageError(
-                        f"{chunk}; after mending the same command goes on, after dropping remove {path.parent} first"
+                        f"{chunk}, and rerun the same command to resume; if you drop it, remove {path.parent} first"
                     )
                 file.write(chunk.numpy().data)
                 done += len(chunk)

@@ -96,7 +96,7 @@ def digits_tasks(*names: str) -> dict[str, Task]:
     """The source tasks of these names, or all eight: digits 0 to 5, 2 to 6 classes, 8, 12 or 16 pixels.
 
     Raises:
-        UsageError: a name that is no source's.
+        UsageError: a name that is not a source task's.
     """
     return _tasks("source", _SOURCES, names)
 
@@ -105,7 +105,7 @@ def digits_targets(*names: str) -> dict[str, Task]:
     """The target tasks of these names, or all three: digits 6 to 9, 4 to 8 classes, 20 to 40 training images.
 
     Raises:
-        UsageError: a name that is no target's.
+        UsageError: a name that is not a target task's.
     """
     return _tasks("target", _TARGETS, names)
 
@@ -166,7 +166,7 @@ def _parts(variant: _Variant) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
         is_training = torch.zeros_like(chosen)
         for digit in variant.digits:
             members = torch.nonzero(y == digit).flatten()
-            # Spread over the file, where scans of one writer are likely to lie together.
+            # Spread over the file, where scans of one writer are likely to be together.
             is_training[members[torch.arange(variant.per_digit) * len(members) // variant.per_digit]] = True
     training, test = chosen & is_training, chosen & ~is_training
     return (x[training], y[training]), (x[test], y[test])

@@ -1,4 +1,4 @@
-"""Labelled images by way of Hugging Face `datasets`: hub ids, saved folders, parquet files, image folders.
+"""Labelled images through Hugging Face `datasets`: hub ids, saved folders, parquet files, image folders.
 
 Images are decoded and resized once. If a split fits in memory it becomes an `ArraySource` of uint8, else each
 image is decoded whenever it is fetched, best by the workers of a `PrefetchLoader`.
@@ -163,7 +163,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         try:
             self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
         except Exception as error:  # whatever Arrow says of numbers and the like
-            raise UsageError(f"{what}: column {column!r} holds no images; set image to one that does") from error
+            raise UsageError(f"{what}: column {column!r} contains no images; set image to one that does") from error
         self.shape = self._decode(0).shape
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         return image, int(self.targets[place])
 
     def select(self, places: Tensor, targets: Tensor) -> DecodedImages:
-        """The images at `places` (int64 `[n]`) alone, with these class numbers."""
+        """Only the images at `places` (int64 `[n]`), with these class numbers."""
         chosen = copy(self)
         chosen.numbers, chosen.targets = self.numbers[places], targets
         return chosen
@@ -196,14 +196,14 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
 
         try:
             decoded = self._images[number][self._column]
-        # What Pillow raises for bytes that are no image, or far too large a one.
+        # What Pillow raises for bytes that are not an image, or for one that is far too large.
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
-            reason = first_line(error) if known else "no format that Pillow knows"
+            reason = first_line(error) if known else "not a format that Pillow knows"
             undecoded = self._images.cast_column(self._column, _datasets().Image(decode=False))
             place = undecoded[number][self._column]["path"]
             named = f"{place}: " if place else ""
-            raise UsageError(f"{self.what}: image {number} is broken ({named}{reason}); mend or drop it") from error
+            raise UsageError(f"{self.what}: image {number} is broken ({named}{reason}); repair or drop it") from error
         if decoded is None:
             raise UsageError(f"{self.what}: image {number} is missing; drop the row")
         try:
@@ -249,22 +249,24 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
             opened = datasets.load_dataset(name, subset, revision=revision)
     except UsageError:
         raise
-    # Whatever the library, the file system or the network raises: the reader of a recipe gets one sentence.
+    # Whatever the library, the file system or the network raises, the user gets one sentence.
     except Exception as error:
         cause = _cause(error)
         if _of_the_library(cause, Path(files[0]).parent if files else path):
-            remedy = "the library keeps its copy in the folder that HF_HOME names; find a disk for it, and continue"
+            remedy = (
+                "the library keeps its copy in the folder that HF_HOME names; choose one with free space, and rerun"
+            )
         elif files or path.exists():
             broken = _unreadable(map(Path, files) if files else sorted(path.rglob("*.parquet")))
-            remedy = f"mend {broken}" if broken else "check the files"
+            remedy = f"repair {broken}" if broken else "check the files"
         else:
-            remedy = "nor is it a file or folder here; check id and connection"
-        raise UsageError(f"{name}: not to be opened as a data set ({first_line(cause)}); {remedy}") from error
+            remedy = "it is not a file or folder here either; check the id and the connection"
+        raise UsageError(f"{name} cannot be opened as a data set ({first_line(cause)}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a chain of exceptions began with; `datasets` buries it under a sentence of its own."""
+    """The first exception of a chain; `datasets` hides it behind a message of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -361,7 +363,7 @@ def _entries(what: str, split: Any, label: str) -> list[Any]:
         raise UsageError(f"{what}: there is no column {label!r}{nearest(label, split.column_names)}")
     feature, kinds = split.features[label], (_datasets().ClassLabel, _datasets().Value)
     if not isinstance(feature, kinds) or not re.match("u?int|(large_)?string|bool", feature.dtype):
-        raise UsageError(f"{what}: column {label!r} holds no class names or numbers; set label to one that does")
+        raise UsageError(f"{what}: column {label!r} contains no class names or numbers; set label to one that does")
     entries: list[Any] = split.select_columns([label])[:][label]
     if None in entries:
         raise UsageError(f"{what}: label {entries.index(None)} is missing; drop the row or choose another split")
@@ -378,14 +380,14 @@ def _numbers(what: str, split: Any, label: str, number: Callable[[Any], int], cl
         unknown = [entry for entry in entries if isinstance(entry, str) and entry not in known]
         if unknown:
             raise UsageError(
-                f"{what}: class {unknown[0]!r} of column {label!r} is none of the {len(classes)} training classes;"
+                f"{what}: class {unknown[0]!r} of column {label!r} is not one of the {len(classes)} training classes;"
                 " choose another split or label column"
             )
     numbers = torch.tensor([number(entry) for entry in entries])
     wrong = torch.nonzero((numbers < 0) | (numbers >= len(classes))).flatten().tolist()
     if wrong:
         raise UsageError(
-            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is none of the {len(classes)} training classes;"
-            " choose another split or label column"
+            f"{what}: label {entries[wrong[0]]!r} of image {wrong[0]} is not one of the {len(classes)} training"
+            " classes; choose another split or label column"
         )
     return numbers

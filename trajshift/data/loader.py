@@ -1,8 +1,8 @@
 """One pool of DataLoader workers for every task whose examples are not held in memory.
 
 A request names a batch, and its content is a function of that name alone; the pool only fetches ahead. It is
-told the order in which batches will be asked for and starts anew where it is asked for something else, so
-replay, resume and sampled tasks change the speed and never a bit.
+given the order in which batches will be requested and starts over when something else is requested, so
+replay, resume and sampled tasks change the speed but never a bit of the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trajshift.task import Batch
 
 
 class _RequestQueue:
-    """What the loader is to fetch: it pulls requests some way ahead, and those pulled are remembered in `sent`."""
+    """What the loader will fetch: it pulls requests some way ahead, and those pulled are recorded in `sent`."""
 
     def __init__(self) -> None:
         self.requests: Iterator[Request] = iter(())
@@ -58,7 +58,7 @@ class _Requests(Dataset[Any]):
 class PrefetchLoader:
     """Fetches the batches of many tasks ahead, in `workers` processes; with none, when they are asked for.
 
-    The `TaskBatches` given here take what is not in memory from the stream from then on. It expects, step by step,
+    From then on the `TaskBatches` given here get what is not in memory from this loader. It expects, step by step,
     one training batch of each such task in the order of `batches`, until `follow` tells it another order.
 
     Raises:
@@ -95,8 +95,8 @@ class PrefetchLoader:
     def follow(self, lanes: Sequence[tuple[str, str]]) -> None:
         """From now on expect, step by step, one batch of each `(task name, split)` in this order.
 
-        Batches off these lanes, and a batch asked for twice running, are fetched in this process and leave the
-        plan alone.
+        Batches outside these lanes, and a batch requested twice in a row, are fetched in this process and do not
+        change the plan.
         """
         self._lanes = [(name, split) for name, split in lanes if self._raw[name].streams(split)]
 
@@ -113,7 +113,7 @@ class PrefetchLoader:
         return self._next(request, self._steps_from(request))
 
     def run(self, requests: Sequence[Request]) -> Iterator[Batch]:
-        """The raw batches of all `requests` in order, fetched ahead; the plan starts anew afterwards."""
+        """The raw batches of all `requests` in order, fetched ahead; the plan starts over afterwards."""
         for number, request in enumerate(requests):
             if self._raw[request.name].streams(request.split):
                 yield self._next(request, iter(requests[number:]))
@@ -131,9 +131,9 @@ class PrefetchLoader:
         if self._fetched is None or not sent or sent[0] != request:
             self._plan.requests = plan
             sent.clear()
-            self._fetched = iter(self._loader)  # the same workers; what they have in hand is dropped
+            self._fetched = iter(self._loader)  # the same workers; what they are fetching is dropped
         sent.popleft()
-        with workers_alive("lower workers, or find more memory", fetching=True):
+        with workers_alive("lower workers or free some memory", fetching=True):
             batch = next(self._fetched)
         if isinstance(batch, UsageError):
             raise batch
@@ -160,7 +160,7 @@ def workers_alive(advice: str, *, fetching: bool = False) -> Iterator[None]:
         except (ConnectionError, EOFError):
             if not fetching:
                 raise
-            time.sleep(1)  # the pipe broke first; torch tells which worker it was in a signal handler, hence here
+            time.sleep(1)  # the pipe broke first; torch's signal handler, which names the worker, raises here
             raise
     except (RuntimeError, ConnectionError, EOFError) as error:
         # What a live worker raised begins with "Caught"; what has nothing to do with workers is passed on too.
@@ -177,14 +177,14 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _let_end(ending: Any, owner: int) -> None:
-    if os.getpid() == owner:  # not in a worker, which has a copy of the stream
+    if os.getpid() == owner:  # not in a worker, which has a copy of the loader
         ending.value = True
 
 
 def _outlive_signals(ending: Any, worker: int) -> None:
     """A terminal or a scheduler signals the whole process group, but the parent still needs batches to end its step.
 
-    Once the stream is gone, SIGTERM ends a worker: that is what the loader sends where its own message got lost.
+    Once the loader is gone, SIGTERM ends a worker: that is what torch sends if its own message was lost.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

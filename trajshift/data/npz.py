@@ -19,7 +19,7 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
     """Images from an `.npz` file, held in memory as uint8.
 
     The file has `x_train` uint8 `[N, H, W, C]` or `[N, H, W]`, `y_train` integer `[N]`, `x_test`, `y_test`
-    likewise and, if it likes, `class_names` (one string per class). Nothing is unpickled. `size` and `channels`
+    likewise and, optionally, `class_names` (one string per class). Nothing is unpickled. `size` and `channels`
     are those of `prepare_images`.
 
     Raises:
@@ -54,7 +54,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of an .npz file")
     try:
-        # Opened here, for numpy leaves a file that is no archive open.
+        # Opened here, because numpy leaves a file that is not an archive open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in wanted if name not in archive]
             if missing:
@@ -76,7 +76,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         zlib.error,
     ) as error:
         raise UsageError(
-            f"{path}: not a readable .npz file of plain arrays ({first_line(error)}); write it anew"
+            f"{path}: not a readable .npz file of plain arrays ({first_line(error)}); write it again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The paper's data sets by name: where they are on the Hugging Face hub, what they should hold, who says so.
+"""The paper's data sets by name: where they are on the Hugging Face hub, what they should contain, and the sources.
 
 A plain table that imports neither torch nor `datasets`. **No entry has been checked against the hub**: `verified`
 is None until somebody has prepared the set from it and every figure agreed. Until then figures that differ are
@@ -32,7 +32,7 @@ class DataSet:
     hub: str
     """Repository on the Hugging Face hub; its files are parquet."""
     revision: str | None = None
-    """Commit of the repository; None takes its main branch, whatever that then is."""
+    """Commit of the repository; None takes its current main branch."""
     subset: str | None = None
     """Configuration of the repository, where it has several."""
     train: str = "train"
@@ -49,13 +49,13 @@ class DataSet:
     """1 for grey images, 3 for colour."""
     classes: int
     train_images: int | None
-    """Images of the split trained on, in the repository; None where nobody says."""
+    """Images of the split trained on, in the repository; None if no source states it."""
     test_images: int | None
     """Images of the split tested on, likewise."""
     per_class: tuple[int, int] | None = None
     """Images of each class that are kept for training and testing; None keeps all."""
     flip: bool = True
-    """Whether a mirrored image still belongs to its class; where not, a recipe's `data.flip` is not obeyed."""
+    """Whether a mirrored image still belongs to its class; if not, a recipe's `data.flip` is ignored."""
     verified: str | None = None
     """Date (YYYY-MM-DD) on which the set was prepared from the hub and agreed with this entry; None: never."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -194,7 +194,7 @@ _TABLE = (
         train_images=7_169,
         test_images=1_020,
         sources=_sources(
-            images="Nilsback and Zisserman (2008): the classes, and 8,189 images, which the repository splits anew",
+            images="Nilsback and Zisserman (2008): the classes and 8,189 images, in the repository's own split",
             size=OURS,
         ),
     ),
@@ -298,7 +298,7 @@ def find(name: str) -> DataSet:
 
 
 def differences(entry: DataSet, classes: int, train: int, test: int) -> list[str]:
-    """Where the figures of an entry are not what was found, a sentence each."""
+    """Where the figures of an entry differ from what was found, one sentence each."""
     triples = (
         ("classes", entry.classes, classes),
         (f"images in split {entry.train!r}", entry.train_images, train),

@@ -12,7 +12,7 @@ from torch import Tensor
 from trajshift.errors import UsageError
 
 MAX_SIZE = 4096
-"""Pixels; a larger size is taken for a slip."""
+"""Pixels; a larger size is taken to be a mistake."""
 
 
 def image_tensor(image: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Where examples come from: arrays in memory, map-style data sets, files that are mapped into memory.
 
 A source has a length and answers `fetch(indices)` with a batch. That is all the rest of the library asks, and
-it is what exact resume and replay rest on: any batch of any step can be had again.
+it is what exact resume and replay rely on: any batch of any step can be fetched again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trajshift.task import Batch
 
 MAX_CLASSES = 1_000_000
-"""A larger class number is taken for an identifier."""
+"""A larger class number is taken to be an identifier."""
 
 _LABEL_NAMES = ("y", "label", "labels", "targets")
 
@@ -51,7 +51,7 @@ class Source(Protocol):
 class ArraySource:
     """Examples in memory: a pytree of tensors that share their first dimension, fetched by one gather each.
 
-    Images are kept as uint8 `[N, C, H, W]`; a task's transform makes numbers of them, batch by batch.
+    Images are kept as uint8 `[N, C, H, W]`; a task's transform converts them to floating point, batch by batch.
 
     Raises:
         UsageError: no tensor, a leaf without a first dimension, unequal first dimensions, or no example.
@@ -138,7 +138,7 @@ class MappedSource:
         self._pixels = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process maps the file too; the pixels do not travel.
+        # Another process maps the file too; the pixels are not sent.
         return MappedSource, (self.path, self.labels, self.rows)
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ class MappedSource:
         return torch.from_numpy(self._pixels[rows.numpy()]), self.labels[indices]
 
     def select(self, indices: Tensor) -> MappedSource:
-        """The examples `indices` (int64 `[n]`) alone, in the same file."""
+        """Only the examples `indices` (int64 `[n]`), in the same file."""
         return MappedSource(self.path, self.labels[indices], indices if self.rows is None else self.rows[indices])
 
     def to(self, device: torch.device | str) -> MappedSource | ArraySource:
@@ -294,7 +294,7 @@ def _label_column(dataset: Any) -> Any:
     if isinstance(dataset, Subset):
         column = _label_column(dataset.dataset)
         return None if column is None else torch.as_tensor(column)[torch.as_tensor(dataset.indices)]
-    if hasattr(dataset, "column_names"):  # Hugging Face: reads the column alone, decodes no image
+    if hasattr(dataset, "column_names"):  # Hugging Face: reads only the column, decodes no image
         name = next((name for name in _LABEL_NAMES if name in dataset.column_names), None)
         return None if name is None else dataset.select_columns([name])[:][name]
     return next((getattr(dataset, name) for name in _LABEL_NAMES if hasattr(dataset, name)), None)
@@ -322,10 +322,10 @@ def stack_examples(examples: list[Any]) -> Batch:
 
 
 def numbered_classes(largest: int, what: str) -> tuple[str, ...]:
-    """Names of classes that have numbers alone: `0` to `largest`.
+    """Names of classes that have only numbers: `0` to `largest`.
 
     Raises:
-        UsageError: more classes than can be meant; `what` says whose.
+        UsageError: more classes than is plausible; `what` says whose.
     """
     if largest >= MAX_CLASSES:
         raise UsageError(f"{what} has class number {largest}; use numbers from 0 to the count of classes, or names")

@@ -1,1 +1,1 @@
-"""Fine-tuning from an initialization, and what its results say: tables, intervals, tests."""
+"""Fine-tuning from an initialization, and its results: tables, intervals, tests."""

@@ -11,7 +11,7 @@ from trajshift.evaluation.evaluation_row import FINAL, UNTRAINED_LABELS, Evaluat
 from trajshift.evaluation.statistics import Estimate, PairedTest, compare, interval, show, show_p
 
 AVERAGE = "average of targets"
-"""Beside the targets' names."""
+"""Listed beside the targets' names."""
 _PREFERRED = ("accuracy", "mse", "loss")
 
 
@@ -87,7 +87,7 @@ class Summary:
         return ["first", "second", "difference", "seeds", "t", "p", "p (Holm)"]
 
     def test_cells(self) -> list[list[str]]:
-        """The paired tests as text; a pair without a test says why in the place of t."""
+        """The paired tests as text; a pair without a test gives the reason in place of t."""
         rows = []
         for test in self.tests:
             numbers = (
@@ -139,7 +139,7 @@ def summary_table(
         notes += remarks
     values = {line.label: line.per_seed for line in lines if line.per_seed}
     if any(len(line.seeds) == 1 for line in lines):
-        notes.append("one seed has no interval and allows no test; several seeds do")
+        notes.append("one seed gives neither an interval nor a test; use several seeds")
     return Summary(
         metric=metric,
         train_images=train_images,
@@ -225,7 +225,7 @@ def _unlike(rows: Sequence[EvaluationRow]) -> list[str]:
         if len(found) > 1:
             notes.append(
                 f"results on {target} come from {len(found)} settings of model, data or fine-tuning: "
-                "the comparison is not like with like"
+                "the comparison is not like for like"
             )
     wanted = rows[0].train_images
     fewer = {row.target: row.images for row in rows if wanted and row.images is not None and row.images < wanted}

@@ -1,4 +1,4 @@
-"""One fine-tuning: where it started, on what, and what came of it. A row of `evaluation.jsonl` is one of these."""
+"""One fine-tuning: where it started, on what, and its result. A row of `evaluation.jsonl` is one of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StartingPoint:
 
     @classmethod
     def at_step(cls, step: int) -> StartingPoint:
-        """phi of the checkpoint after so many inner steps."""
+        """phi of the checkpoint after this many inner steps."""
         return cls(_CHECKPOINT, step)
 
     @classmethod
@@ -29,12 +29,12 @@ class StartingPoint:
         """The inverse of `to_json`.
 
         Raises:
-            UsageError: a word that names no starting point.
+            UsageError: a word that does not name a starting point.
         """
         if isinstance(value, int):
             return cls.at_step(value)
         if value not in (_SCRATCH, _INITIAL_WEIGHTS, _FINAL):
-            raise UsageError(f"checkpoint {value!r} is no starting point")
+            raise UsageError(f"checkpoint {value!r} is not a starting point")
         return cls(value)
 
     def to_json(self) -> str | int:
@@ -43,7 +43,7 @@ class StartingPoint:
 
     @property
     def is_meta_trained(self) -> bool:
-        """Whether any meta-training lies behind it; without any, a row belongs to no run and is its own label."""
+        """Whether it comes from meta-training; if not, a row belongs to no run and its method is its label."""
         return self.kind not in UNTRAINED_LABELS
 
     @property
@@ -67,20 +67,20 @@ class EvaluationRow:
 
     start: StartingPoint
     inner_steps: int
-    """Of meta-training per task behind `start`, replays counted."""
+    """Inner steps of meta-training per task behind `start`, replays included."""
     method: str
     label: str
     """The method, and what else sets its run apart from others in the same comparison."""
     seed: int
     target: str
     steps: int
-    """Of fine-tuning."""
+    """Steps of fine-tuning."""
     train_images: int | None = None
     """Training images asked for; None: all."""
     images: int | None = None
-    """How many that were; None for a fine-tuning that is still to be done."""
+    """Training images used; None for a fine-tuning that is still to be done."""
     section: str = "targets"
-    """Section of the recipe that the target stands in: `targets` or `tuning`."""
+    """Section of the recipe that lists the target: `targets` or `tuning`."""
     setting: str | None = None
     """Digest of model, target and fine-tuning options."""
     phi: str | None = None
@@ -90,7 +90,7 @@ class EvaluationRow:
     error: str | None = None
     """Why the fine-tuning broke down."""
     run: str | None = None
-    """Name of the run directory that the row was read from; not written, as the file lies in it."""
+    """Name of the run directory that the row was read from; not written, as the file is in it."""
 
     @property
     def place(self) -> tuple[Any, ...]:

@@ -42,14 +42,14 @@ CURVE_POINTS = 50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuned:
-    """What fine-tuning one task gave."""
+    """The result of fine-tuning one task."""
 
     module: nn.Module
     """The trained module, on the device, in evaluation mode."""
     metrics: dict[str, float]
     """Means over the whole test set (`accuracy` in [0, 1] and `loss`, or `mse`); empty without a test set."""
     curve: list[dict[str, float]]
-    """Learning curve: `step`, `train_loss` (mean since the point before), test metrics where asked for."""
+    """Learning curve: `step`, `train_loss` (mean since the previous point), test metrics where asked for."""
     images: int
     """Training examples used."""
     started_from: tuple[str, ...]
@@ -96,7 +96,7 @@ def finetune(
     Args:
         initialization: phi; None trains from scratch, from the phi that a `MetaTrainer` of this seed starts
             with.
-        task: with test examples, for metrics. A batch size of its own replaces that of the settings.
+        task: with test examples if metrics are wanted. Its own batch size overrides that of the settings.
         settings: how; None takes `fields`.
         model: as for `MetaTrainer`; None takes the factory the initialization was learned with.
         head: dotted name(s) of the head; None takes the initialization's, else finds the usual ones.
@@ -104,17 +104,17 @@ def finetune(
         device: where to train.
         dtype: of the parameters; None takes the initialization's, else the model's.
         workers: processes that load examples which are not in memory.
-        evaluate_every: add the test metrics to the curve every so many steps.
+        evaluate_every: add the test metrics to the curve each time this many steps are done.
         progress: called with (steps done, steps).
         fields: the fields of `trajshift.Finetune`, in place of `settings`.
 
     Raises:
-        UsageError: an initialization that does not fit the model, an impossible choice, or fields beside settings.
+        UsageError: an initialization that does not fit the model, an impossible choice, or both fields and settings.
         NonFiniteLoss: the training loss became infinite or not a number; names the step and the learning
             rate.
     """
     settings = finetune_settings(settings, fields, set(signature(finetune).parameters) - {"fields"})
-    optimizer_class(settings.optimizer)  # refused before anything is built
+    optimizer_class(settings.optimizer)  # fails before anything is built
     device = torch.device(device)
     module, started_from, fresh = build_module(initialization, task, model=model, head=head, seed=seed, dtype=dtype)
     if faster_channels_last(module):
@@ -276,10 +276,10 @@ def _keep(parts: Sequence[tuple[str, Any]], initialization: Mapping[str, Tensor]
         found = {label: initialization[full] for label, full in labels.items() if full in initialization}
         for label, value in found.items():
             getattr(part, label).copy_(value)
-        # As new: keep would silently mean reset.
+        # As in a new module: keep would silently mean reset.
         if not found and int(getattr(part, "num_batches_tracked", None) or 0) == 0:
             raise UsageError(
-                f"running_stats is keep, but neither the initialization nor the model brings statistics for {name!r}; "
+                f"running_stats is keep, but neither the initialization nor the model has statistics for {name!r}; "
                 "use reset (as published) or recalibrate"
             )
 

@@ -1,7 +1,7 @@
 """Intervals and paired tests over seeds.
 
-A seed is a whole pipeline (start of phi, heads, batches, meta-training, target subset, fine-tuning), so one
-number per seed enters here: whoever has several targets averages them within the seed first. Student's t
+A seed is a whole pipeline (start of phi, heads, batches, meta-training, target subset, fine-tuning), so each
+seed gives one number here: several targets are averaged within the seed first. Student's t
 comes from scipy, imported when the first interval is asked for.
 """
 
@@ -19,7 +19,7 @@ from trajshift.errors import UsageError, nearest
 from trajshift.utils.imports import missing_report_extra
 
 LEVEL = 0.05
-"""Of the tests, after Holm's correction."""
+"""Level of the tests, after Holm's correction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def show(estimate: Estimate | None, digits: int = 3, scale: float = 1.0, *, sign
 
 
 def show_p(p: float, decimals: int | None = None) -> str:
-    """A p-value with two digits that count, or with fixed decimals; below the last of four (of `decimals`) only that.
+    """A p-value with two significant digits, or with fixed decimals; below the last of four (of `decimals`) a bound.
 
     `show_p(0.0123)` is `0.012`, `show_p(1e-6)` is `<0.0001`; `show_p(0.0123, 3)` the same, `show_p(1e-6, 3)` `< 0.001`.
     """

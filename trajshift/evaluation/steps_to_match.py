@@ -43,7 +43,7 @@ class StepsToMatchTable:
         return [[line.label, *(self._show(line.steps[name]) for name in self.goals)] for line in self.lines]
 
     def seed_cells(self) -> list[list[str]]:
-        """The fewest and the most inner steps that a seed needs; no lines where there is one seed alone."""
+        """The fewest and the most inner steps that a seed needs; no lines if there is only one seed."""
         several = [line for line in self.lines if any(len(seeds) > 1 for seeds in line.by_seed.values())]
         return [[f"{line.label}, seeds", *(_range(line.by_seed[name]) for name in self.goals)] for line in several]
 
@@ -52,7 +52,7 @@ class StepsToMatchTable:
 
 
 def _range(seeds: Sequence[int | None]) -> str:
-    """`100 to 400`; who does not get there comes last."""
+    """`100 to 400`; a seed that does not get there comes last."""
     ordered = sorted(seeds, key=lambda steps: (steps is None, steps or 0))
     texts = ["never" if steps is None else f"{steps:,}" for steps in (*ordered[:1], *ordered[-1:])]
     return " to ".join(dict.fromkeys(texts)) or "-"
@@ -63,11 +63,11 @@ def steps_to_match_table(
 ) -> StepsToMatchTable | None:
     """The table from rows with checkpoints; None without a finished run of `method`, or with no checkpoint at all.
 
-    A number of inner steps is an upper bound: the truth lies between the checkpoint before and it. `steps` compares
+    A number of inner steps is an upper bound: the true number is between the checkpoint before and it. `steps` compares
     means over the seeds that the reference has finished; how far these disagree is in `by_seed`.
     """
     found = [line for line in final.lines if line.method == method and line.average is not None]
-    # steps need checkpoints: what was fine-tuned at the end alone says nothing about when
+    # steps need checkpoints: what was fine-tuned only at the end says nothing about when
     trained = [row for row in rows if row.start.is_meta_trained]
     chosen = [row for row in trained if row.train_images == final.train_images and row.steps in final.steps]
     if not found or all(row.start == FINAL for row in chosen):

@@ -18,7 +18,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mtl": (),
     "single-task": ("train_on=[upright]",),
 }
-"""The methods compared, with what each needs beside the recipe.
+"""The methods compared, with what each needs besides the recipe.
 
 Chosen on the recipe's tuning task with seeds that the demo does not use, for each method from a grid whose best is not
 at its edge: `trajshift sweep digits method=trajectory-shifting,reptile meta_lr=0.1,0.2,0.4,1,2,3,5 seed=10,11`, and
@@ -45,10 +45,10 @@ def demo_jobs(output: Path, *, quick: bool) -> list[Job]:
 
 
 def run_demo(output: Path, *, quick: bool = False) -> None:
-    """Train, fine-tune, print the table with intervals, write the page; runs that are there are not repeated.
+    """Train, fine-tune, print the table with intervals, write the page; existing runs are not repeated.
 
     Raises:
-        UsageError: a run failed, or `output` holds runs of another recipe.
+        UsageError: a run failed, or `output` contains runs of another recipe.
     """
     need_report_extra()
     from trajshift.evaluation.comparison import summary_tables

@@ -1,4 +1,4 @@
-"""Measured pieces of an experiment, a row each, of which one may be damaged."""
+"""Measured pieces of an experiment, one row each; a damaged row is measured again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trajshift.utils.terminal import console
 def saved_rows(file: Path) -> dict[Any, dict[str, Any]]:
     """The rows of a .jsonl file by their `key` (a list becomes a tuple); a missing file has none.
 
-    A half-written last line is left out, and so, with a note, is a line that is no object with a key: what it was for
+    A half-written last line is left out, and so, with a note, is a line that is not an object with a key: its piece
     is measured again.
     """
     found, damaged = {}, []

@@ -1,8 +1,8 @@
-"""3x3 convolutions with few channels, with kernels of our own on a GPU where cuDNN is far from what memory allows.
+"""3x3 convolutions with few channels, with our own kernels on a GPU where cuDNN is far from the memory bound.
 
 At 16 to 16 channels, 84 x 84 pixels and batch 128 cuDNN's repeatable algorithm for the gradient of the weights takes
 629 microseconds on one H200, the forward pass 95 and the gradient of the input 108, where moving each tensor once takes
-14 (results/speed). With 32 channels the gradient of the weights alone is ours.
+14 (results/speed). With 32 channels only the gradient of the weights has a kernel here.
 
 Under autocast PyTorch casts a float32 weight to bfloat16 and gets a bfloat16 gradient, which it casts back; here the
 float32 sums are the gradient.
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from trajshift.kernels.switch import has_hooks, may_fuse, no_second_derivative
 
 _CHANNELS = (16, 32)
-"""Of the output; the input has as many, or at most 16. With more, cuDNN is at home."""
+"""Channels of the output; the input has as many, or at most 16. With more, cuDNN does well."""
 _LOW = (torch.bfloat16, torch.float16)
 _PARTIAL = 3 * 2**20
-"""Numbers that all programs together leave as partial sums, at most: 12 MB, a quarter of the L2 cache."""
+"""The most numbers that all programs together store as partial sums: 12 MB, a quarter of the L2 cache."""
 _PROGRAMS = 1280
-"""At most: ten on each of 132 multiprocessors, as many as their registers hold."""
+"""The most programs: ten on each of 132 multiprocessors, as many as their registers allow."""
 _SHORTEST = 256
-"""Pixels of a program, at least."""
+"""The fewest pixels of a program."""
 _TILES = 660
-"""Programs of `convolution` at most: five on each of 132 multiprocessors, as many as their shared memory holds."""
+"""The most programs of `convolution`: five on each of 132 multiprocessors, as many as their shared memory allows."""
 
 
 def conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _fusable(conv: nn.Conv2d, x: Tensor) -> bool:
         and torch.is_grad_enabled()
         and conv.weight.requires_grad
         and x.ndim == 4
-        and x.shape[1] == cin  # a kernel would read on where PyTorch raises
+        and x.shape[1] == cin  # a kernel would read out of bounds where PyTorch raises an error
         and x.device == conv.weight.device
         and x.is_floating_point()
         and type(conv) is nn.Conv2d

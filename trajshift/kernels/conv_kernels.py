@@ -4,7 +4,7 @@ With 16 channels on either side the gradient of the weights is nine 16 x 16 matr
 pixels: bound by memory if every program keeps all nine. A pixel of x meets nine pixels of the output's gradient g, but
 need not be read nine times. The tap (kh, kw) pairs g at (h, w) with x at (h + kh - 1, w + kw - 1); counted from the
 pixel q at (h, w + kw - 1) it pairs g at q - (kw - 1) with x at q + (kh - 1) W. So three shifts of g along a row and
-three of x along a column make all nine products, and each masks by itself what lies outside the image.
+three of x along a column make all nine products, and each masks for itself what is outside the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 _ANY = ["H", "W", "M", "share"]
-"""Numbers for whose divisors no kernel is compiled anew: channels lie together, whatever they are."""
+"""Arguments whose divisibility does not specialize a kernel: channels are contiguous, whatever these numbers are."""
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from trajshift.kernels.switch import may_fuse
 
 _BLOCK = 1024
 _MOST_ROWS = 32
-"""Up to which the kernel's loops over rows are unrolled."""
+"""The most rows for which the kernel's loops over rows are unrolled."""
 
 
 def flat_update(

@@ -1,13 +1,13 @@
 """BatchNorm + ReLU (+ shortcut) of channels-last tensors, two kernels each way.
 
-A tensor `[B, C, H, W]` is read as M = B H W rows of C numbers. The first kernel sums over rows: every program leaves
+A tensor `[B, C, H, W]` is read as M = B H W rows of C numbers. The first kernel sums over rows: every program stores
 partial sums at a fixed place, and the program that ends last adds them in a fixed order, so that the bits are the same
 each time. The second kernel is elementwise. Arithmetic is float32, whatever the tensors are.
 
 What all programs wrote, the last one reads: a thread's stores come before its program's barrier, the barrier before the
 increment of the counter (acquire and release, for the whole device), and the last increment before the loads, which
 bypass the L1 cache (`.cg`). The last program resets the counter. A launch that is cut short ends the process's use of
-the device, so a half counted counter is never met again.
+the device, so a counter left in between is never used again.
 """
 
 from __future__ import annotations

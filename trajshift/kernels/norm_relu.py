@@ -18,7 +18,7 @@ from trajshift.kernels.switch import has_hooks, may_fuse, no_second_derivative
 
 _BLOCK = 4096
 TILE, PROGRAMS, WARPS = 4096, 256, 8
-"""Numbers in a tile, programs at most and warps of the kernels that sum: of seven shapes tried on one H200 with 16, 32
+"""Numbers per tile, most programs and warps of the kernels that sum: of seven shapes tried on one H200 with 16, 32
 and 64 channels the fastest or within 2% of it (results/speed)."""
 PARTIAL = 8192
 """Partial sums that the last program loads at once."""
@@ -43,7 +43,7 @@ def _fusable(bn: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> bool:
     return (
         may_fuse(x)
         and x.ndim == 4
-        and x.shape[1] == channels  # a kernel would read on where PyTorch raises
+        and x.shape[1] == channels  # a kernel would read out of bounds where PyTorch raises an error
         and type(bn) is nn.BatchNorm2d
         and bn.training
         and bn.affine
@@ -69,7 +69,7 @@ def _counter(bn: nn.Module, device: torch.device) -> Tensor:
 
 
 class _Launch:
-    """How the kernels of one tensor are launched; of its shape alone, so that sums have the same order everywhere."""
+    """How the kernels of one tensor are launched; depends on its shape alone, so that the order of sums is fixed."""
 
     def __init__(self, x: Tensor) -> None:
         self.channels = x.shape[1]
@@ -81,7 +81,7 @@ class _Launch:
         self.partial = x.new_empty(self.programs, 2, self.channels, dtype=torch.float32)
 
     def vectors(self, count: int) -> list[Tensor]:
-        """So many float32 `[C]`."""
+        """Float32 vectors `[C]`, `count` of them."""
         return list(self.partial.new_empty(count, self.channels).unbind())
 
     @property

@@ -1,4 +1,4 @@
-"""The smallest kernel, to learn whether Triton works on a device."""
+"""The smallest kernel, which tells whether Triton works on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _add_one(x):
 
 
 def compiles(device: torch.device) -> bool:
-    """Runs the kernel; any error of Triton's comes through."""
+    """Runs the kernel; any error from Triton is passed on."""
     x: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
     _add_one[(1,)](x)
     return True

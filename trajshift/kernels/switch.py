@@ -65,25 +65,25 @@ def works(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     if device.type == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)):
-        return False  # before that there is no bfloat16
+        return False  # older GPUs have no bfloat16
     from trajshift.kernels.probe import compiles
 
     try:
         return compiles(device)
-    except Exception as error:  # a missing C compiler, a driver too old: whatever it is, PyTorch's kernels remain
+    except Exception as error:  # a missing C compiler, an old driver: in any case PyTorch's kernels can be used
         reason = str(error).partition("\n")[0]
         warnings.warn(f"Triton cannot compile for {device}, PyTorch's own kernels are used ({reason})", stacklevel=2)
         return False
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's own calls, which a fused operation does not make."""
+    """Whether hooks are registered on the module's own calls, which a fused operation does not make."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def no_second_derivative(name: str) -> None:
-    """Refuses a backward pass that is itself to be differentiated; called by backward passes of fused kernels.
+    """Rejects a backward pass that is itself to be differentiated; called by the backward passes of fused kernels.
 
     Raises:
         RuntimeError: what to do instead.

@@ -1,6 +1,6 @@
-"""Who holds a row: the tasks of a round on this rank, and the own state of those that wait.
+"""Which tasks hold a row of the matrix: those of the round on this rank; and the saved state of the others.
 
-A task has one home rank for the whole run, so its head and statistics never travel. Only the tasks of the
+A task has one home rank for the whole run, so its head and statistics are never sent to another. Only the tasks of the
 running round hold a row, a module and optimizer state; the others keep head and statistics on the CPU.
 """
 
@@ -92,7 +92,7 @@ class ActiveLearners:
             return not torch.equal(before, generator_state(self.device))
 
     def _trial(self, task: Task) -> None:
-        """A forward pass of a throw-away module on the first batch, made on the CPU so that no source moves for it."""
+        """A forward pass of a temporary module on the first batch, on the CPU so that no source moves."""
         batch = move(self._batches(task, torch.device("cpu")).train(0), self.device)
         module = fresh_module(self.blueprint.factory, task, head_key(self.seed, task.name)).to(self.device)
         with torch.no_grad():
@@ -106,7 +106,7 @@ class ActiveLearners:
 
     @property
     def rows(self) -> int:
-        """Tasks that run on this rank in a round, at most."""
+        """The most tasks that run on this rank in a round."""
         return min(len(self.local), self.tasks_per_round or len(self.tasks))
 
     @property
@@ -122,7 +122,7 @@ class ActiveLearners:
         order = permutation(key(self.seed, "tasks", round), len(names))
         return [names[index] for index in sorted(order[: self.tasks_per_round].tolist())]
 
-    # -- seats -----------------------------------------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------------------------------
 
     def _allocate(self) -> None:
         self._trajectories = Trajectories(self.blueprint.layout, self.rows, self.device)
@@ -141,11 +141,11 @@ class ActiveLearners:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The seated tasks, row by row."""
+        """The tasks that hold a row, row by row."""
         return tuple(learner.task.name for learner in self.learners)
 
     def assign(self, round: int) -> bool:
-        """Seats the tasks of a round; returns whether anything changed. Rows follow the run's order of tasks."""
+        """Gives rows to the tasks of a round; returns whether any changed. Rows follow the run's order of tasks."""
         everywhere = self.sampled(round)
         names = [name for name in everywhere if self.home[name] == self.world.rank]
         total = sum(self.tasks[name].weight for name in everywhere)
@@ -159,13 +159,13 @@ class ActiveLearners:
         for name, learner in seated.items():
             if name not in names:
                 self.waiting[name] = {label: t.to("cpu", copy=True) for label, t in learner.own_tensors().items()}
-        self.learners = []  # the leaving learners' memory is free before the entering ones take theirs
+        self.learners = []  # frees the memory of the learners that leave before new ones allocate theirs
         seated = {name: seated[name] for name in names if name in seated}
         self._seat([seated[name] if name in seated else self._enter(name) for name in names])
         return True
 
     def resume(self, seated: Sequence[str], round: int | None) -> None:
-        """Seats the tasks of a running round, or (round None, at a boundary) those of the round that ended."""
+        """Gives rows to the tasks of a running round, or (round None, at a boundary) of the round that ended."""
         if round is not None:
             self.assign(round)
         else:
@@ -191,7 +191,7 @@ class ActiveLearners:
         return learner
 
     def replace_tasks(self, tasks: Sequence[Task]) -> None:
-        """Other tasks from the next round on; those that stay keep head and statistics, with the data given now."""
+        """Replaces the tasks from the next round on; those that stay keep head and statistics and take the new data."""
         self.tasks = _checked(tasks, self.tasks_per_round)
         self.home = self._homes({name: rank for name, rank in self.home.items() if name in self.tasks})
         self.waiting = {name: tensors for name, tensors in self.waiting.items() if name in self.tasks}
@@ -204,14 +204,14 @@ class ActiveLearners:
         self._seat(staying)
 
     def check_modules(self) -> None:
-        """Refuses modules whose parameters left the matrix."""
+        """Rejects modules whose parameters no longer share memory with the parameter matrix."""
         for learner in self.learners:
             learner.check_module()
 
     # -- replay ----------------------------------------------------------------------------------------------
 
     def snapshot(self, names: Collection[str]) -> None:
-        """Remembers all that these tasks have at the start of a round: head, statistics, optimizer state."""
+        """Saves all that belongs to these tasks at the start of a round: head, statistics, optimizer state."""
         self.snapshots = {}
         for learner in (learner for learner in self.learners if learner.task.name in names):
             tensors, numbers = learner.state()
@@ -221,7 +221,7 @@ class ActiveLearners:
             )
 
     def restore(self) -> None:
-        """Goes back to the snapshot."""
+        """Restores the snapshot."""
         for learner in self.learners:
             learner.load(*self.snapshots[learner.task.name])
 
@@ -229,5 +229,7 @@ class ActiveLearners:
 def _checked(tasks: Sequence[Task], tasks_per_round: int | None) -> dict[str, Task]:
     """The tasks by name, enough of them for a round."""
     if tasks_per_round is not None and not 1 <= tasks_per_round <= len(tasks):
-        raise UsageError(f"tasks_per_round is {tasks_per_round}; use a number from 1 to the {len(tasks)} tasks")
+        raise UsageError(
+            f"tasks_per_round is {tasks_per_round}; use a number from 1 to {len(tasks)}, the number of tasks"
+        )
     return {task.name: task for task in tasks}

@@ -1,4 +1,4 @@
-"""Passes that a meta-gradient may ask for. None leaves a trace in a learner or a generator."""
+"""Passes that a meta-gradient may ask for. None changes a learner or a random generator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trajshift.rng import seeded
 
 
 class ExtraPasses:
-    """`protocols.Probe` for the learners of the running round, at the theta they have now.
+    """`MetaGradientView` (`trajshift.algorithm.protocols`) of the running round's learners, at their current theta.
 
     Args:
         step: scheduled inner steps done; the last one used the training batches `step - 1`.
@@ -78,7 +78,7 @@ class ExtraPasses:
 
 @contextmanager
 def untouched(module: nn.Module, draw: int, device: torch.device) -> Iterator[None]:
-    """Runs passes that leave no trace: buffers (BatchNorm statistics, counters) and generators are put back.
+    """Runs passes without lasting effect: buffers (BatchNorm statistics, counters) and generators are restored.
 
     The module sees copies of its buffers meanwhile, so the originals are not even written to.
     """

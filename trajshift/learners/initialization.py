@@ -26,7 +26,7 @@ class Initialization(Mapping[str, Tensor]):
 
     Attributes:
         about: JSON values: method, seed, step, heads.
-        model: the factory it was learned with, where it is at hand.
+        model: the factory it was learned with, if known.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ def is_statistic(name: str) -> bool:
 
 
 def tensor_names(module: nn.Module) -> frozenset[str]:
-    """Of all parameters and buffers of a module; of a tied parameter every name."""
+    """The names of all parameters and buffers of a module; a tied parameter has several."""
     return frozenset({*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())})
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Which parameters of a module an initialization filled. True where all did."""
+    """Which parameters of a module an initialization filled. True if all tensors found their place."""
 
     matched: tuple[str, ...]
     """Copied into the module."""
@@ -111,7 +111,7 @@ def load_initialization(path: str | Path, model: nn.Module | None = None) -> Ini
 
     Args:
         path: an `initialization.safetensors`.
-        model: the user's own module; parameters keep their dtype and device.
+        model: your own module; parameters keep their dtype and device.
 
     Raises:
         UsageError: no such file, not a safetensors file, or not one parameter matches.

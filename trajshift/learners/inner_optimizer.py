@@ -13,7 +13,7 @@ from trajshift.errors import UsageError, nearest
 from trajshift.settings import Optimization
 
 _FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW}
-"""Optimizers that PyTorch has as one kernel over all parameters, on the CPU and on CUDA."""
+"""Optimizers for which PyTorch has one kernel over all parameters, on the CPU and on CUDA."""
 _REFUSED = {
     "LBFGS": "it needs a closure that evaluates the loss several times a step",
     "SparseAdam": "it needs sparse gradients, and a trajectory is one dense row",
@@ -54,7 +54,7 @@ def optimizer_for(settings: Optimization, parameters: Iterable[nn.Parameter]) ->
 def build_optimizer(
     optimizer: str | Callable[..., Optimizer], parameters: Iterable[nn.Parameter], **options: Any
 ) -> Optimizer:
-    """An optimizer by name or callable, fused where PyTorch has that; wrong options are told in one sentence."""
+    """An optimizer by name or callable, fused where PyTorch supports that; wrong options raise one sentence."""
     kind, parameters = optimizer_class(optimizer), list(parameters)
     fused: dict[str, bool] = {}
     if kind in _FUSED and not {"foreach", "fused", "differentiable"} & options.keys() and not options.get("dampening"):
@@ -64,7 +64,7 @@ def build_optimizer(
     except (TypeError, ValueError) as error:
         name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
         raise UsageError(f"optimizer {name} does not accept {options}: {error}") from error
-    optimizer_class(type(built))  # a callable's own name does not tell what it makes
+    optimizer_class(type(built))  # the name of a callable does not tell what it builds
     if kind is torch.optim.SGD and fused.get("fused") and options.get("momentum"):
         for parameter in parameters:
             # The fused kernel has momentum buffers for all or for none, and a parameter may get its first gradient
@@ -74,7 +74,7 @@ def build_optimizer(
 
 
 def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Sets the learning rate of every parameter group; a tensor (of fused optimizers alone) is read by the device."""
+    """Sets the learning rate of every parameter group; a tensor (fused optimizers only) is read on the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -30,7 +30,7 @@ from trajshift.task import Batch, Task
 
 
 class Learner:
-    """The local learner of one task, bound to one row of the trajectories."""
+    """The local learner of one task, bound to one row of the parameter matrix."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Learner:
     # -- the row ---------------------------------------------------------------------------------------------
 
     def bind(self, trajectories: Trajectories, gradients: Tensor | None, row: int) -> None:
-        """Moves into a row of theta `[T, P]`; `gradients` `[T, P]`, if any, receives what `gather` collects."""
+        """Moves into a row of theta `[T, P]`; `gradients` `[T, P]`, if given, receives what `gather` collects."""
         first_time = not self.shared
         self.row = row
         self._trajectories = trajectories
@@ -82,10 +82,10 @@ class Learner:
             self.renew_optimizer()
 
     def take(self, task: Task, batches: TaskBatches) -> None:
-        """Goes on with other data, another loss or weight of the same task.
+        """Continues the same task with other data, another loss or another weight.
 
         Raises:
-            UsageError: other outputs, for which the head at hand is of the wrong size.
+            UsageError: another number of outputs, which the head does not fit.
         """
         if task.outputs != self.task.outputs:
             raise UsageError(
@@ -95,7 +95,7 @@ class Learner:
         self.task, self.batches = task, batches
 
     def check_module(self) -> None:
-        """Refuses a module whose parameters left the matrix or were replaced."""
+        """Rejects a module whose parameters no longer share memory with the parameter matrix or were replaced."""
         self._trajectories.check_parameters(self.row, self.module, {**self.shared, **self.own}, self.task.name)
 
     def renew_optimizer(self) -> None:
@@ -175,7 +175,7 @@ class Learner:
         nn.utils.clip_grad_norm_([*self.shared.values(), *self.own.values()], limit)
 
     def step(self, lr: float | Tensor) -> None:
-        """One step of the inner optimizer on the gradients at hand."""
+        """One step of the inner optimizer on the current gradients."""
         if self._flat is not None:
             missing = [name for name, parameter in self.shared.items() if parameter.grad is None]
             if missing:
@@ -190,7 +190,9 @@ class Learner:
     @property
     def has_state_to_shift(self) -> bool:
         """Whether the optimizer keeps state that lives in parameter space, which `shift_state` moves."""
-        return any(not PARAMETER_SPACE_STATE.isdisjoint(kept) for kept in self.optimizer.state.values())
+        # All parameters have the same kinds of state, once they have any.
+        kept: Mapping[str, Any] = next((state for state in self.optimizer.state.values() if state), {})
+        return not PARAMETER_SPACE_STATE.isdisjoint(kept)
 
     def shift_state(self, delta: Mapping[str, Tensor]) -> None:
         """Moves optimizer state that lives in parameter space (averages, anchors) by delta."""
@@ -222,10 +224,10 @@ class Learner:
         return tensors | {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
 
     def load_own_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `own_tensors`, in place; other entries are left aside.
+        """The inverse of `own_tensors`, in place; other entries are ignored.
 
         Raises:
-            UsageError: the tensors are of another model.
+            UsageError: the tensors belong to another model.
         """
         mine = self.own_tensors()
         saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("own/", "buffer/"))}
@@ -233,14 +235,14 @@ class Learner:
         for name in {**shapes, **known}:
             if shapes.get(name) != known.get(name):
                 raise UsageError(
-                    f"the saved state of task {self.task.name!r} is of another model: {name} has shape "
+                    f"the saved state of task {self.task.name!r} belongs to another model: {name} has shape "
                     f"{known.get(name, 'missing')} there, {shapes.get(name, 'missing')} here; use that model"
                 )
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that belongs to this learner but its row: own tensors and optimizer state; not copies."""
+        """All that belongs to this learner except its row: own tensors and optimizer state; not copies."""
         tensors, numbers = state_tensors(self.optimizer, list(self._optimized()))
         return self.own_tensors() | {f"optimizer/{name}": tensor for name, tensor in tensors.items()}, numbers
 

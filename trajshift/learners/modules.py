@@ -1,4 +1,4 @@
-"""From what the user gives as the model to one module per task, all its random numbers drawn from one key."""
+"""Turns the model that the user gives into one module per task, all its random numbers drawn from one key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def faster_channels_last(module: nn.Module) -> bool:
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
-    """The module, its convolutions' weights laid out channels-last; they make the activations follow."""
+    """The module, its convolutions' weights laid out channels-last; the activations then follow."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

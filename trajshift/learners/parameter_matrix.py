@@ -20,7 +20,7 @@ _ALIGNMENT = 256  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One shared parameter: where it lies in a row and how it is strided."""
+    """One shared parameter: its offset in a row, its shape and its strides."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Layout:
         self.size = offset
         """P, padding included."""
         self.count = sum(entry.numel for entry in entries)
-        """Numbers that are parameters."""
+        """Numbers of a row that are parameters, without padding."""
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The named parameters as views of `row` `[P]`, each with its own shape and strides."""
@@ -111,7 +111,7 @@ class Trajectories:
         return bound
 
     def check_parameters(self, row: int, module: nn.Module, trained: Mapping[str, nn.Parameter], task: str) -> None:
-        """Refuses a module whose parameters are not those in training, or no longer views of their row.
+        """Rejects a module whose parameters are not those in training, or are no longer views of their row.
 
         Raises:
             UsageError: `.to()` gave a parameter memory of its own, or `load_state_dict(assign=True)` replaced it.
@@ -122,6 +122,6 @@ class Trajectories:
             moved = view is not None and (parameter.data_ptr(), parameter.stride()) != (view.data_ptr(), view.stride())
             if moved or present.get(name) is not parameter:
                 raise UsageError(
-                    f"parameter {name!r} of task {task!r} left the trajectory matrix or was replaced; "
+                    f"parameter {name!r} of task {task!r} no longer shares memory with the parameter matrix; "
                     "do not call .to() or load_state_dict(assign=True) on a module in training"
                 )

@@ -24,7 +24,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 def locate(start: str | Path) -> Path:
     """The file behind a path, or behind `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`, downloaded at first use.
 
-    Of a repository `model.safetensors` is taken; without a revision its main branch.
+    The file taken from a repository is `model.safetensors`; without a revision from the main branch.
 
     Raises:
         UsageError: another form, `huggingface_hub` is not installed, or no such file there.
@@ -40,9 +40,9 @@ def locate(start: str | Path) -> Path:
         raise UsageError(f"weights from the hub need {error.name}: pip install 'trajshift[data]'") from error
     try:
         return Path(hf_hub_download(form["id"], "model.safetensors", revision=form["revision"]))
-    # Whatever the library or the network raises: the reader of a recipe gets one sentence.
+    # Whatever the library or the network raises, the user gets one sentence.
     except Exception as error:
-        raise UsageError(f"{start}: not to be had from the hub ({first_line(error)}); give a local file") from error
+        raise UsageError(f"{start} is not available from the hub ({first_line(error)}); give a local file") from error
 
 
 def load_start(start: str | Path) -> Initialization:
@@ -51,10 +51,10 @@ def load_start(start: str | Path) -> Initialization:
     Args:
         start: an `initialization.safetensors` of a run, any other safetensors file of named tensors, a state dict
             saved by `torch.save` (.pth, .pt, .bin, .tar, .ckpt; alone, or under `state_dict`, `model_state_dict` or
-            `model`, with or without the prefix `module.`), or what `locate` takes.
+            `model`, with or without the prefix `module.`), or what `locate` accepts.
 
     Raises:
-        UsageError: no such file, or one that holds no named tensors.
+        UsageError: no such file, or one without named tensors.
     """
     path = locate(start)
     if path.suffix not in _TORCH_FILES:
@@ -66,14 +66,14 @@ def load_start(start: str | Path) -> Initialization:
     # torch raises whatever unpickling does, and its own refusal of anything but tensors.
     except Exception as error:
         reason = first_line(error)
-        if reason.startswith("Weights only"):  # then torch goes on about how to load it all the same
-            reason = "it holds more than tensors"
+        if reason.startswith("Weights only"):  # torch's message continues with how to load it anyway
+            reason = "it contains more than tensors"
         raise UsageError(
             f"{path} is not a readable state dict ({reason}); save the module's state_dict() alone"
         ) from error
     tensors = _tensors(found)
     if not tensors:
-        raise UsageError(f"{path} holds no named tensors; save the module's state_dict()")
+        raise UsageError(f"{path} contains no named tensors; save the module's state_dict()")
     return Initialization(tensors)
 
 

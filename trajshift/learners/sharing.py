@@ -33,14 +33,14 @@ class Blueprint:
     channels_last: bool
     """Whether the factory's modules keep their convolutions' weights channels-last."""
     names: frozenset[str]
-    """Of all parameters and buffers of the first task's model."""
+    """Names of all parameters and buffers of the first task's model."""
     unshared: tuple[str, ...]
     """Trainable parameters of the first task's model outside the heads that not every task has with one shape.
 
-    Images of unequal channels make the first layer such a one, which is seldom wanted.
+    With images of unequal channels the first layer is one of these, which is seldom intended.
     """
     left: tuple[str, ...] = ()
-    """Tensors of the initialization that phi was started from which it did not take: heads, BatchNorm statistics."""
+    """Tensors of the given initialization that are not part of phi: heads, BatchNorm statistics."""
 
     @classmethod
     def inspect(
@@ -78,23 +78,23 @@ class Blueprint:
         return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first), own)
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
-        """Refuses a task whose model lacks a shared parameter, or has it in another shape."""
+        """Rejects a task whose model lacks a shared parameter, or has it in another shape."""
         for task in tasks:
             named = dict(fresh_module(self.factory, task, head_key(seed, task.name)).named_parameters())
             for entry in self.layout.entries:
                 shape = tuple(named[entry.name].shape) if entry.name in named else "missing"
                 if shape != entry.shape:
                     raise UsageError(
-                        f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there, "
-                        f"{entry.shape} in this run"
+                        f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there and "
+                        f"{entry.shape} in this run; build it with the same shared parameters"
                     )
 
 
 def find_heads(module: nn.Module, head: str | Sequence[str] | None, rule: Sequence[str] | None) -> tuple[str, ...]:
-    """Dotted names of the heads: those given, else the usual one there is; none where a sharing rule does without.
+    """Dotted names of the heads: those given, else the usual one if there is one; none if a sharing rule needs none.
 
     Raises:
-        UsageError: a head that the model does not have, or none that can be told.
+        UsageError: a head that the model does not have, or no way to tell which part it is.
     """
     names = [name for name, _ in module.named_parameters()]
     if head is None:
@@ -153,5 +153,5 @@ def shared_names(
 
 
 def is_in_head(name: str, heads: Sequence[str]) -> bool:
-    """Whether a dotted parameter name lies in one of the heads."""
+    """Whether a dotted parameter name is inside one of the heads."""
     return is_within(name, heads)

@@ -1,4 +1,4 @@
-"""Models by name, or by the import path of the user's own factory.
+"""Models by name, or by the import path of your own factory.
 
 Every model here takes images of any size, is built as `factory(task, **options)`, ends in a linear head
 called `fc`, and draws the body's parameters before the head's, so that the body does not depend on the number
@@ -31,12 +31,12 @@ _FACTORIES = {
 
 
 def names() -> tuple[str, ...]:
-    """The models that `build` knows by name."""
+    """The models that `build_model` knows by name."""
     return tuple(_FACTORIES)
 
 
 def check_model_name(name: str) -> None:
-    """Refuses a name that `build` cannot know; an import path is not followed.
+    """Rejects a name that `build_model` cannot know; an import path is not followed.
 
     Raises:
         UsageError: an unknown name without a colon; names the nearest.
@@ -63,7 +63,7 @@ def build_model(name: str, task: Task, /, **options: Any) -> nn.Module:
         raise UsageError(f"model {name!r} is a {type(factory).__name__}; name a callable factory(task, **options)")
     _check_options(name, factory, task, options)
     module = factory(task, **options)
-    # Imported here: the names alone must not cost the import of torch.
+    # Imported here: looking up names must not import torch.
     from torch import nn
 
     if not isinstance(module, nn.Module):

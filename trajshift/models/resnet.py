@@ -2,7 +2,7 @@
 
 Small images: ResNet20/32/44/56 with widths 16/32/64 and shortcuts without parameters, as in section 4.2 of
 Shin et al. (2021). ResNet18/34: the ImageNet networks; every parameter and buffer has torchvision's name and
-shape, so its weights load as they are.
+shape, so torchvision's weights load unchanged.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ def image_channels(task: Task) -> int:
     """Channels of one image of the task, from `input_shape` `(C, H, W)`.
 
     Raises:
-        UsageError: the task's examples are not images, or it does not say.
+        UsageError: the task's examples are not images, or its input_shape is not set.
     """
     shape = task.input_shape
     if shape is None or len(shape) != 3 or min(shape) < 1:

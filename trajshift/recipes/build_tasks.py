@@ -23,7 +23,7 @@ from trajshift.task import Task
 from trajshift.utils.imports import load_object
 
 IMAGE_FIELDS = ("size", "channels", "crop_padding", "flip", "mean", "std", "train_images")
-"""What a task takes from `data` where it leaves it open."""
+"""Fields that a task takes from `data` if they are not set."""
 
 
 def build_tasks(recipe: Recipe, names: Iterable[str] | None = None) -> dict[str, Task]:
@@ -51,7 +51,7 @@ def find_task(recipe: Recipe, name: str) -> TaskRecipe:
 
 
 def build_task(name: str, task: TaskRecipe, data: DataRecipe) -> Task:
-    """One task with its data loaded; what it leaves open is taken from `data`."""
+    """One task with its data loaded; fields that are not set are taken from `data`."""
     kind, _, place = task.source.partition(":")
     whole = resolved(task, data)
     if kind in ("cache", "hub") and task.flip is None:
@@ -87,7 +87,7 @@ def _image_task(name: str, images: ImageData, task: TaskRecipe) -> Task:
 
 
 def resolved(task: TaskRecipe, data: DataRecipe) -> TaskRecipe:
-    """The task with its open fields taken from `data`."""
+    """The task with the fields that are not set taken from `data`."""
     return replace(task, **{field: getattr(data, field) for field in IMAGE_FIELDS if getattr(task, field) is None})
 
 
@@ -114,7 +114,7 @@ def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
     for option in task.options:
         if option not in known:
             raise UsageError(f"task {name!r}: hf sources have no option {option!r}{nearest(option, known)}")
-    # A pattern such as train-*.parquet exists as its matches.
+    # A pattern such as train-*.parquet exists if it matches a file.
     return load_hf(
         local if local.exists() or glob(str(local)) else place, size=task.size, channels=task.channels, **task.options
     )
@@ -161,7 +161,7 @@ def _by_import(name: str, task: TaskRecipe) -> Task | ImageData:
 
 
 def _adopt(name: str, made: Task, task: TaskRecipe) -> Task:
-    """A task that the user's function made whole, under the recipe's name."""
+    """A complete task that the user's function returned, under the recipe's name."""
     ignored = [field for field in IMAGE_FIELDS if getattr(task, field) is not None]
     if ignored:
         raise UsageError(

@@ -31,7 +31,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
     """The trainer of a recipe at step 0, its data loaded.
 
     Raises:
-        UsageError: whatever does not fit, in one sentence.
+        UsageError: a field that does not fit, explained in one sentence.
     """
     tasks = build_tasks(recipe)
     start = None if recipe.initialization is None else load_start(recipe.initialization)
@@ -61,7 +61,7 @@ def build_trainer(recipe: Recipe) -> MetaTrainer:
 
 
 def with_own_objects(meta: Meta) -> Meta:
-    """The section with the meta-gradient and the carry that it names as `package.module:factory` made.
+    """The section with the meta-gradient and the carry built that it names as `package.module:factory`.
 
     Raises:
         UsageError: a factory that cannot be imported or called, or returns something else.
@@ -114,7 +114,7 @@ def refuse_absent_device(name: str) -> None:
 
 
 def model_factory(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Factory:
-    """The factory `model(task) -> module` of a recipe; `options` are put in over its own."""
+    """The factory `model(task) -> module` of a recipe; `options` override its own."""
 
     def model(task: Task) -> nn.Module:
         return models.build_model(recipe.model.name, task, **recipe.model.options, **(options or {}))
@@ -147,7 +147,7 @@ def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
 
 
 def describe_start(recipe: Recipe, trainer: MetaTrainer) -> str | None:
-    """How many tensors of the recipe's `initialization` phi took and which it left; None where phi was drawn."""
+    """How many tensors of the recipe's `initialization` phi took and which were not used; None where phi was drawn."""
     if recipe.initialization is None:
         return None
     left = trainer.meta_step.active.blueprint.left

@@ -76,10 +76,10 @@ class Recipe:
     """Share of each task's training images kept for held-out batches, where the method needs them."""
 
     tasks_per_round: int | None = None
-    """Tasks sampled anew at each reset; null trains on all."""
+    """Tasks sampled at each reset; null trains on all."""
 
     renew: list[str] = field(default_factory=list)
-    """What a reset renews beside the shared parameters: heads, optimizer, statistics."""
+    """What a reset renews besides the shared parameters: heads, optimizer, statistics."""
 
     head: str | list[str] | None = None
     """Dotted name of the model's head; null takes the model's own."""
@@ -98,7 +98,7 @@ class Recipe:
     """The optimizer of the local learners."""
 
     meta: Meta = field(default_factory=Meta)
-    """How phi moves: what replaces the method's choices, and phi's optimizer."""
+    """How phi moves: overrides of the method's choices, and phi's optimizer."""
 
     execution: Execution = field(default_factory=Execution)
     """Where and how the steps run."""
@@ -188,10 +188,10 @@ def builtin_names() -> list[str]:
 
 
 def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a file, in a run directory or built in by name, with `key.path=value` overrides put in.
+    """The recipe in a file, in a run directory or built in by name, with `key.path=value` overrides applied.
 
     Raises:
-        UsageError: a missing or malformed file, an unknown field, or a value that cannot be.
+        UsageError: a missing or malformed file, an unknown field, or an impossible value.
     """
     from trajshift.recipes.yaml_text import parse_value, read_yaml
 
@@ -199,7 +199,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         where = find(recipe)
         text = where.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"{recipe} cannot be read ({reason}); name a recipe file or a run directory") from error
     data = put_in_sections(read_yaml(text, str(where)), where.name)
     given = [(text, *split_override(text)) for text in overrides]
@@ -225,7 +225,7 @@ def find(recipe: str | Path) -> Path:
 
 
 def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A checked `Recipe` from plain mappings; the first fault is said in one sentence that starts with `where`."""
+    """A checked `Recipe` from plain mappings; the first fault is reported in one sentence that starts with `where`."""
     from pydantic import TypeAdapter, ValidationError
 
     data = put_in_sections(data, where)
@@ -325,14 +325,14 @@ def _sentence(error: ValidationError) -> str:
         return message if message.startswith(f"{section}.") or not path else f"{section}: {message}"
     for depth, part in enumerate(path):
         if part in ("float", "str") or part.startswith("list["):
-            path = path[:depth]  # from here on: the branch of a union that was tried, no field
+            path = path[:depth]  # the rest names the branch of a union that was tried, not a field
             break
     wish = fault["msg"].removeprefix("Input ").replace("an object", "a mapping of fields")
     return f"{'.'.join(path)} is {fault['input']!r}; it {wish}"
 
 
 def _class_at(path: list[str]) -> type:
-    """The dataclass whose fields stand at a dotted path."""
+    """The dataclass whose fields are at a dotted path."""
     if not path:
         return Recipe
     return TaskRecipe if path[0] in TASK_SECTIONS else SECTIONS[path[0]]

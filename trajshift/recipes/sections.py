@@ -1,4 +1,4 @@
-"""The sections that recipes alone have: plain dataclasses with a docstring under each field, checked when made.
+"""The sections that only recipes have: plain dataclasses with a docstring under each field, checked when made.
 
 The others are arguments in Python too: `trajshift.settings`.
 
@@ -63,7 +63,7 @@ class DataRecipe:
     """Divides the centred pixels; one number or one per channel."""
 
     train_images: int | None = None
-    """Use at most so many training images per task, class-balanced; null uses all."""
+    """Use at most this many training images per task, class-balanced; null uses all."""
 
     def __post_init__(self) -> None:
         check_image_fields(self)
@@ -164,7 +164,7 @@ class OutputRecipe:
         at_least("error_every", self.error_every, 1, "step")
         if self.name is not None and not re.fullmatch(r"[\w.,=+-]+", self.name):
             raise UsageError(
-                f"name is {self.name!r}; use letters, digits and any of . , = + - _ (the folder is named by directory)"
+                f"name is {self.name!r}; use letters, digits and any of . , = + - _ (output.directory sets the folder)"
             )
 
 
@@ -180,7 +180,7 @@ def check_image_fields(fields: DataRecipe | TaskRecipe) -> None:
 
 
 def check_task_names(section: str, names: Collection[str]) -> None:
-    """Refuse task names that an override could not address or a file could not carry."""
+    """Refuse task names that an override could not address or a file name could not contain."""
     for name in names:
         if not NAME.fullmatch(name):
             raise UsageError(f"task name {name!r} in {section} may hold letters, digits, _ and - only")

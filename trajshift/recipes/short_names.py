@@ -1,7 +1,7 @@
 """Fields that version 0.1 had at the top of a recipe, and their places now: one table, `settings.SHORT_NAMES`.
 
-Files and overrides may use either name. What outlives a version (the fingerprint of a run, the labels of a report) is
-made of the short ones. Torch-free.
+Files and overrides may use either name. What must not change between versions (the fingerprint of a run, the labels of
+a report) uses the short ones. Torch-free.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def put_in_sections(data: dict[str, Any], where: str) -> dict[str, Any]:
         section, _, field = SHORT_NAMES[name].partition(".")
         fields = moved.get(section)
         if fields is not None and not isinstance(fields, Mapping):
-            continue  # the section is refused for what it is
+            continue  # reported later, as a section of the wrong type
         if fields is not None and field in fields and fields[field] != data[name]:
             raise UsageError(
                 f"{where}: {name} is {data[name]!r} and {SHORT_NAMES[name]} is {fields[field]!r}, "

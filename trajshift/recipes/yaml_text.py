@@ -35,17 +35,17 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping a recipe file holds.
+    """The mapping in a recipe file.
 
     Raises:
-        UsageError: not YAML, or no mapping at the top.
+        UsageError: not YAML, or not a mapping at the top.
     """
     try:
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{where} holds no mapping of fields; a recipe starts with lines such as method: reptile")
+        raise UsageError(f"{where} is not a mapping of fields; a recipe starts with lines such as method: reptile")
     return data
 
 

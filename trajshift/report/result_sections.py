@@ -69,7 +69,7 @@ def _summary_tables(page: Page, summary: Summary, folder: Path, suffix: str) -> 
 def like(rows: Sequence[EvaluationRow], final: Summary) -> list[EvaluationRow]:
     """The rows whose model, data and fine-tuning are those behind the same label in the comparison.
 
-    Nothing else may lie on one curve. A label that has no end yet, a run that is not finished, may be like any other's.
+    Only such rows may be on one curve. A label with no end yet, as its runs are not finished, is compatible with any.
     """
     own: dict[tuple[str, str], set[str | None]] = {}
     every: dict[str, set[str | None]] = {}
@@ -81,7 +81,7 @@ def like(rows: Sequence[EvaluationRow], final: Summary) -> list[EvaluationRow]:
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence on who is best and from whom it can be told apart."""
+    """One sentence on which method is best and from which others it can be told apart."""
     better = max if summary.metric == "accuracy" else min
     ranked = [line for line in summary.lines if line.average is not None]
     if not ranked:
@@ -202,11 +202,11 @@ def few_data(page: Page, rows: Sequence[EvaluationRow], final: Summary, styles: 
 
 
 Points = Sequence[tuple[float | None, EvaluationRow]]
-"""Where a row lies on the x axis, and the row."""
+"""A row's position on the x axis, and the row."""
 
 
 def _by_images(rows: Sequence[EvaluationRow]) -> tuple[Points, Points]:
-    """Of a target what it has; on average what was asked for, since targets differ in how many they have."""
+    """For a target the images it has; for the average those asked for, since targets differ in how many they have."""
     return [(row.images, row) for row in rows], [(row.train_images, row) for row in rows]
 
 
@@ -215,7 +215,7 @@ def _cell(row: EvaluationRow) -> tuple[str, int, int | None]:
 
 
 def _gain(row: EvaluationRow, base: EvaluationRow, metric: str) -> EvaluationRow:
-    """The row with what it has more of the metric than `base`; where one of the two failed, the failed one."""
+    """The row with its gain in the metric over `base`; if one of the two failed, the failed one."""
     failed = row.error or base.error
     if failed is not None:
         return replace(row, metrics={}, error=failed)

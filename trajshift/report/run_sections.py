@@ -72,7 +72,7 @@ def explanation_section(page: Page) -> None:
         "Intervals are two-sided 95% Student t-intervals over seeds; the average takes the mean over targets within "
         "each seed first. Tests are two-sided paired t-tests over the seeds that both methods have, corrected by "
         "Holm's step-down procedure within one table. With one seed there is neither interval nor test. With few "
-        "seeds a t-interval leans on normally distributed values, which cannot be checked."
+        "seeds a t-interval relies on normally distributed values, which cannot be checked."
     )
 
 

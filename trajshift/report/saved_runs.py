@@ -17,7 +17,7 @@ from trajshift.utils.files import read_jsonl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one run directory holds."""
+    """What one run directory contains."""
 
     path: Path
     label: str
@@ -64,7 +64,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); delete it to go without") from None
+        raise UsageError(f"{file} is damaged ({error}); delete it to continue without it") from None
     return content if isinstance(content, dict) else {}
 
 

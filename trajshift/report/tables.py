@@ -20,7 +20,7 @@ Show = Callable[[Estimate | None], str]
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Numbers in full; what there is not is an empty cell."""
+    """Numbers in full precision; a missing value is an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)

@@ -1,6 +1,6 @@
 """`report.html` for one run or many, from saved files only; torch is not needed.
 
-The page holds the comparison with intervals and tests, accuracy against inner steps, few-data curves,
+The page has the comparison with intervals and tests, accuracy against inner steps, few-data curves,
 training curves, cost, recipe and environment; a part whose files are missing says how to get them. Every
 figure is also saved beside the page as SVG and PNG, the results' tables as CSV and Markdown.
 """
@@ -37,7 +37,7 @@ def write_report(
     same page, byte for byte.
 
     Raises:
-        UsageError: no run given, a path that is no run directory, or the report extra is not installed.
+        UsageError: no run given, a path that is not a run directory, or the report extra is not installed.
     """
     need_report_extra()
     runs = load_runs([Path(path) for path in paths])

@@ -69,7 +69,7 @@ class RunDirectory:
         return int(rows[-1]["step"]) if rows else 0
 
     def is_complete(self, recipe: Recipe) -> bool:
-        """Whether this very recipe was trained here to its end.
+        """Whether exactly this recipe was trained here to its end.
 
         Raises:
             UsageError: another recipe was.
@@ -84,7 +84,7 @@ class RunDirectory:
         return done == new.total_steps
 
     def adopt(self, recipe: Recipe) -> None:
-        """Write `recipe` where the complete run has another that trains alike: other targets, or data elsewhere."""
+        """Write `recipe` where the complete run has another that trains the same: other targets, or moved data."""
         old = self.recipe()
         new = resumed_recipe(old, recipe, self.path)
         if new != old:

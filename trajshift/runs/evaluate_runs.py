@@ -129,7 +129,7 @@ def _jobs(
 
 
 def _existing(job: _Job, known: Mapping[Path, Mapping[tuple[Any, ...], EvaluationRow]]) -> EvaluationRow | None:
-    """The row of this job if it was computed before; rows without meta-training may lie with any run."""
+    """The row of this job if it was computed before; rows without meta-training may be saved with any run."""
     places = [job.path] if job.row.start.is_meta_trained else known
     rows = (known[path].get(job.row.identity) for path in places)
     return next((row for row in rows if row is not None), None)

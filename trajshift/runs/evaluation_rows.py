@@ -21,7 +21,7 @@ FILE = "evaluation.jsonl"
 
 
 def read_evaluation(path: Path | str) -> list[EvaluationRow]:
-    """The rows of a run's evaluation.jsonl; a half-written last line is left out, a missing file has none.
+    """The rows of a run's evaluation.jsonl; a half-written last line is left out, and a missing file has none.
 
     Raises:
         UsageError: the file is damaged.
@@ -67,7 +67,7 @@ def collect(
         if len(fresh) < len(saved):
             notes.append(
                 f"{path.name}: {len(saved) - len(fresh)} saved results are left out, "
-                "the initialization behind them has changed since"
+                "because their initialization has changed since"
             )
         asked = {name: setting_of(recipes[path], section, name) for name in getattr(recipes[path], section)}
         latest: dict[tuple[Any, ...], EvaluationRow] = {}
@@ -102,7 +102,7 @@ def setting_of(recipe: Recipe, section: str, name: str) -> str:
 
 
 def distinct(paths: Sequence[Path | str]) -> list[Path]:
-    """Paths of different folders; refuses none at all."""
+    """Paths of different folders; an empty list is an error."""
     if not paths:
         raise UsageError("no run directory was given; name at least one")
     return list({Path(path).resolve(): Path(path) for path in paths}.values())

@@ -1,4 +1,4 @@
-"""A job of the pool: one run to train, and what to fine-tune from it; and what its worker answers."""
+"""A job of the pool: one run to train, and what to fine-tune from it; and its worker's answer."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a worker says of a job that is done."""
+    """What a worker reports when a job is done."""
 
     failure: str | None = None
     """Why it failed."""

@@ -14,7 +14,7 @@ _IGNORED = (
     "seed", "output", "device", "workers", "threads", "engine", "channels_last", "data.root", "finetune", "targets",
     "tuning",
 )  # fmt: skip
-"""Fields that make no other label: a label is averaged over seeds, and the others do not change phi."""
+"""Fields that do not change a label: a label is averaged over seeds, and the others do not change phi."""
 
 
 def labels_of(recipes: Mapping[Path, Recipe]) -> dict[Path, str]:

@@ -30,7 +30,7 @@ from trajshift.utils.processes import cores, stop_on_signal
 from trajshift.utils.progress import Progress
 
 LOOK_EVERY = 1.0
-"""Seconds between looks at how far the runs are."""
+"""Seconds between checks of the runs' progress."""
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dict[Path, UsageError]:
@@ -40,11 +40,11 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, title: str, log: Path) -> dic
     What the workers print goes to the file `log`. SIGINT and SIGTERM stop the workers, which save checkpoints.
 
     Raises:
-        UsageError: a run directory holds a run of another recipe, or what the runs need is not there: a device, weights
-            to start from, data, or the test images of what is fine-tuned.
+        UsageError: a run directory contains a run of another recipe, or something that the runs need is missing: a
+            device, weights to start from, data, or the test images of what is fine-tuned.
         KeyboardInterrupt: stopped by a signal; the same jobs can be given again.
     """
-    # refuses what is there but differs, before any work
+    # before any work, fails if a directory contains another run
     _refuse_what_is_missing([job for job in jobs if not RunDirectory(job.path).is_complete(job.recipe)])
     workers = max(1, min(workers, len(jobs)))
     threads = max(1, cores() // workers)
@@ -168,7 +168,7 @@ class _Worker(threading.Thread):
                 break
             try:
                 failure = self._do(job)
-            # No process to be had, an answer that is none: nobody must wait for ever.
+            # The process could not be started, or its answer is malformed: nothing may wait forever.
             except Exception as error:
                 failure = UsageError(f"{type(error).__name__}: {error}")
             if not self._stopping:
@@ -192,7 +192,7 @@ class _Worker(threading.Thread):
             with suppress(OSError):
                 process.stdin.close()
             if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-                return UsageError("its process was told to stop; rerun the same command to resume")
+                return UsageError("a signal stopped its process; rerun the same command to resume")
             return UsageError(f"its process ended with status {status}; see {self._log.name}")
         return Answer(**json.loads(answer)).error()
 
@@ -240,7 +240,7 @@ def _wait_patiently(process: subprocess.Popen[str]) -> None:
 
 
 def refuse_failures(failures: dict[Path, UsageError]) -> None:
-    """Stop where runs failed that must not.
+    """Raises if any run failed.
 
     Raises:
         UsageError: names the first.

@@ -19,17 +19,17 @@ NOT_TRAINED = ("tuning", "targets")
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of the fields that must not change on resume, to know a checkpoint of another recipe."""
+    """A hash of the fields that must not change on resume, to recognize a checkpoint of another recipe."""
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED, "threads")
     fixed = {key: value for key, value in in_short_names(flatten(recipe)).items() if not is_within(key, free)}
     return blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
-    """The recipe a resumed run continues with; what `new` leaves open (name, threads) stays as it was.
+    """The recipe a resumed run continues with; what `new` does not set (name, threads) stays as it was.
 
     Raises:
-        UsageError: a field differs that must not, by its name.
+        UsageError: names a field that may not differ but does.
     """
     new = with_absolute_paths(with_threads(new, new.execution.threads or old.execution.threads))
     new.output = replace(new.output, name=new.output.name or old.output.name)
@@ -61,12 +61,12 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def check_boundary(old: Recipe, new: Recipe, step: int) -> None:
-    """Refuse changed source tasks unless `step` lies between two rounds."""
+    """Refuse changed source tasks unless `step` is between two rounds."""
     changed = [key for key in differences(old, new) if is_within(key, MAY_CHANGE_BETWEEN_ROUNDS)]
     if changed and step % new.horizon:
         raise UsageError(
             f"{changed[0]} may change only between rounds, but the newest checkpoint is at step {step} "
-            f"and a round has {new.horizon}; go on with the old tasks to the end of the round"
+            f"and a round has {new.horizon}; continue with the old tasks to the end of the round"
         )
     if changed and step == new.total_steps:
         raise UsageError(f"{changed[0]} was changed, but the run is complete at step {step}; raise rounds too")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SavedStart:
-    """A starting point and where its phi lies."""
+    """A starting point and where its phi is."""
 
     point: StartingPoint
     source: Path | None
@@ -87,7 +87,7 @@ def current_digests(run: Path, wanted: Collection[StartingPoint]) -> dict[Starti
 
 
 def load_phi(source: Path) -> Mapping[str, Tensor]:
-    """phi from an initialization file or a checkpoint folder, of which every checksum is compared."""
+    """phi from an initialization file or a checkpoint folder, after comparing every checksum."""
     from trajshift.learners.pretrained import load_start
     from trajshift.training.checkpoint import verify
 
@@ -98,7 +98,7 @@ def load_phi(source: Path) -> Mapping[str, Tensor]:
 
 
 def phi_of(checkpoint: Path) -> Mapping[str, Tensor]:
-    """phi from a checkpoint folder, of which nothing else is looked at and no checksum compared."""
+    """phi from a checkpoint folder; nothing else is read and no checksum is compared."""
     from trajshift.learners.initialization import Initialization, load_initialization
 
     shared = load_initialization(checkpoint / SHARED)

@@ -48,7 +48,7 @@ class Result:
 
 
 def parse_grid(words: Sequence[str]) -> dict[str, list[str]]:
-    """`field=a,b,c` words as field -> values; commas inside brackets do not separate. A field has its short name.
+    """`field=a,b,c` words as field -> values; commas inside brackets do not separate. Fields get their short names.
 
     Raises:
         UsageError: no word, one that is not of this form, or a field or value given twice.
@@ -85,11 +85,11 @@ def run_sweep(
 ) -> None:
     """Train and fine-tune the grid, print the table and the choice, and write both to sweep.json.
 
-    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice lies there. A run that
-    diverges was tried and is bad; where one fails otherwise nothing is chosen.
+    `extend` adds the next rate beyond an end of the grid, of 1, 2, 5, 10, ..., while a choice is there. A run that
+    diverges counts as a bad result; if one fails for another reason, nothing is chosen.
 
     Raises:
-        UsageError: a grid or recipe that cannot be, a recipe without tuning tasks, a folder with the choice of another
+        UsageError: an impossible grid or recipe, a recipe without tuning tasks, a folder with the choice of another
             sweep, or runs that failed.
     """
     grid = parse_grid(words)
@@ -125,8 +125,8 @@ def _sweep(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path, jobs: i
     _print(results, choices, grid)
     if broken:
         raise UsageError(
-            f"{len(broken)} of {len(work)} runs failed, and not because they diverged, so nothing is chosen; the same"
-            f" command tries again; the first: {broken[0]}"
+            f"{len(broken)} of {len(work)} runs failed, and not because they diverged, so nothing is chosen; rerun"
+            f" the same command to try again; the first: {broken[0]}"
         )
     summary = {
         "recipe": find(recipe).stem,
@@ -157,8 +157,8 @@ def _refuse_to_replace(file: Path, grid: Mapping[str, Sequence[str]]) -> None:
     if lost:
         words = " ".join(f"{field}={','.join(values)}" for field, values in lost.items())
         raise UsageError(
-            f"{file} holds the choice of a sweep over {words}, which would be lost; name these values too, or give"
-            " --output another folder"
+            f"{file} contains the choice of a sweep over {words}, which would be lost; name these values too, or choose"
+            " another --output folder"
         )
 
 

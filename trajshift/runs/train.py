@@ -1,6 +1,6 @@
 """The run driver: meta-trains a recipe into its run directory, stops cleanly, resumes bit for bit.
 
-The numbers come from `trainer.MetaTrainer`; here is only when to log, when to save and when to stop.
+The numbers come from `MetaTrainer`; this module only decides when to log, when to save and when to stop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trajshift.utils.files import disk_errors
 from trajshift.utils.progress import Progress
 
 POLL_EVERY = 5
-"""Inner steps between the ranks' agreements on whether someone was told to stop."""
+"""Inner steps between the ranks' agreements on whether any of them received a signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Outcome:
     """Inner steps done."""
     complete: bool
     signal: int | None
-    """The signal that stopped it; None for none."""
+    """The signal that stopped it; None if none did."""
 
 
 def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
@@ -55,12 +55,12 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
     On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
 
     Raises:
-        UsageError: the directory holds a run and `resume` is False, the recipe differs where it must not, a loss is
+        UsageError: the directory contains a run and `resume` is False, the recipe differs where it must not, a loss is
             not finite (the last good checkpoint is kept), or the disk is full.
     """
     world = World.current(str(recipe.execution.device))
     directory = RunDirectory(path)
-    advice = f"lower workers, or find more memory, and continue with: trajshift train --resume {path}"
+    advice = f"lower workers or free some memory, and continue with: trajshift train --resume {path}"
     with disk_errors(directory.path), workers_alive(advice):
         try:
             return _Run(recipe, directory, world, resume=resume, quiet=quiet).go()
@@ -89,7 +89,7 @@ class _Run:
         if self.old is not None:
             if not resume:
                 raise UsageError(
-                    f"{directory.path} already holds a run; continue it with --resume or choose another --name"
+                    f"{directory.path} already contains a run; continue it with --resume or choose another --name"
                 )
             recipe = resumed_recipe(self.old, recipe, directory.path)
         world.barrier()  # every rank has looked before the first one writes
@@ -129,7 +129,7 @@ class _Run:
     # starting -----------------------------------------------------------------------------------------------
 
     def _lock(self) -> None:
-        """Take the directory; where that fails all ranks say so instead of waiting for each other."""
+        """Lock the directory; if that fails, all ranks report it instead of waiting for each other."""
         failure: Exception | None = None
         if self.first:
             try:
@@ -137,7 +137,7 @@ class _Run:
             except (OSError, UsageError) as error:
                 failure = error
         if self.world.any(failure is not None):
-            raise failure or UsageError(f"{self.directory.path} could not be taken by rank 0")
+            raise failure or UsageError(f"{self.directory.path} could not be locked by rank 0")
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint, if there is one, and cut what was written after it."""
@@ -276,7 +276,7 @@ def _short(value: Any) -> str:
 
 
 class Signals:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    """Records SIGTERM and SIGINT instead of ending the process; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

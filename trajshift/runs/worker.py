@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """Stops this process where its parent was killed, and nobody waits for the rest."""
+    """Stops this process if its parent was killed, as nothing waits for its results."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)

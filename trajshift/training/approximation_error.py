@@ -1,4 +1,4 @@
-"""How far a carried trajectory is from the one it stands for (equation 5), measured by running tasks again."""
+"""How far a carried trajectory is from the one it approximates (equation 5), measured by running tasks again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trajshift.training.step import MetaStep, Row
 
 
 class ApproximationErrorMeter:
-    """Runs tasks again from the phi of now, with the same batches, and compares; no number of the run changes.
+    """Runs tasks again from the current phi, with the same batches, and compares; no number of the run changes.
 
-    A reading holds `step` (scheduled inner steps done), `k`, `task`, `error` ||U_k(phi + d_1 + ... + d_{k-1}) -
+    A reading has `step` (scheduled inner steps done), `k`, `task`, `error` ||U_k(phi + d_1 + ... + d_{k-1}) -
     theta_k||, taken before phi moves by d_k, and `distance` ||theta_k - phi||. After k steps it costs k inner steps of
     the task, counted as `gauge_evaluations` and nowhere else.
-    Readings pile up until they are taken.
+    Readings accumulate until they are taken.
 
     Args:
         when: `when(k)` says whether to measure after k inner steps of a round.
@@ -50,13 +50,13 @@ class ApproximationErrorMeter:
         return names if self._every_task else [names[round % len(names)]]
 
     def look(self, run: MetaStep) -> None:
-        """Measures, if it is time; called between an inner step and the meta-update."""
+        """Measures, if a measurement is due; called between an inner step and the meta-update."""
         done, k = run.step, (run.step - 1) % run.horizon + 1
         if not self._when(k):
             return
         chosen = self._chosen(run, (done - 1) // run.horizon)
         for learner in run.active.learners:
-            # A run that was resumed inside a round, and had no meter before, has no snapshot in this one.
+            # A run that was resumed inside a round and had no meter before has no snapshot of this round.
             if learner.task.name in chosen and learner.task.name in run.active.snapshots:
                 theta = run.active.theta[learner.row]
                 exact = self._run_again(run, learner, k)
@@ -65,7 +65,7 @@ class ApproximationErrorMeter:
                 run.counters.counts["gauge_evaluations"] += k
 
     def _run_again(self, run: MetaStep, learner: Learner, k: int) -> Tensor:
-        """U_k(phi) `[P]`; the learner and its row are put back."""
+        """U_k(phi) `[P]`; the learner and its row are restored."""
         row, last_gradient = run.active.theta[learner.row], run.active.gradients[learner.row]
         theta, gradient = row.clone(), last_gradient.clone()
         tensors, numbers = learner.state()

@@ -29,7 +29,7 @@ from trajshift.utils.files import write_to_disk
 
 
 def _write(path: Path, content: bytes) -> str:
-    """Writes a file down to the disk; returns its SHA-256."""
+    """Writes a file and waits until it is on the disk; returns its SHA-256."""
     write_to_disk(path, content)
     return sha256(content).hexdigest()
 
@@ -51,7 +51,7 @@ def _file_name(index: int, task: str) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all that a manifest says but its own checksum."""
+    """SHA-256 of a manifest without its own checksum."""
     said = {key: value for key, value in manifest.items() if key != "checksum"}
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -107,10 +107,10 @@ def save(directory: Path, run: MetaStep, extra: dict[str, Any] | None = None) ->
     Args:
         directory: the run's `checkpoints/`.
         run: between two inner steps.
-        extra: JSON values to find again with `load`.
+        extra: JSON values that `load` returns.
 
     Raises:
-        UsageError: phi differs between ranks, or the disk takes no more (nothing half-written is left).
+        UsageError: phi differs between ranks, or the disk is full (nothing half-written is left behind).
     """
     world, active = run.world, run.active
     world.same(run.initialization.digest(), f"phi at step {run.step}")
@@ -147,7 +147,7 @@ def save(directory: Path, run: MetaStep, extra: dict[str, Any] | None = None) ->
             shutil.rmtree(temporary, ignore_errors=True)
         raise UsageError(
             f"the checkpoint of step {run.step} could not be written to {directory} ({failure}); "
-            "make room and resume the run"
+            "free some space and resume the run"
         )
     return final
 
@@ -186,7 +186,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file's checksum compared.
+    """The manifest of a checkpoint, after comparing every file's checksum.
 
     Raises:
         UsageError: names the checkpoint and the damaged or missing file.
@@ -226,7 +226,7 @@ def latest_valid(directory: Path) -> tuple[Path | None, list[str]]:
 def prune(directory: Path, keep: int | None, step: int | None = None) -> None:
     """Deletes all but the newest `keep` checkpoints (None keeps all), and what a killed run left half-written.
 
-    Those after `step`, where the run stands, go too: it passed over them because they are damaged.
+    Those after `step`, the run's current step, are deleted too: resuming skipped them because they are damaged.
     """
     if not directory.is_dir():
         return
@@ -245,18 +245,18 @@ def prune(directory: Path, keep: int | None, step: int | None = None) -> None:
 def load(path: Path, run: MetaStep) -> dict[str, Any]:
     """Puts a checkpoint into a freshly made run, at any world size; returns `extra`. Call it on every rank.
 
-    Tasks may have joined or left if the checkpoint lies at a round boundary.
+    Tasks may have joined or left if the checkpoint is at a round boundary.
 
     Raises:
-        UsageError: a damaged checkpoint, one of another model, other tasks in the middle of a round, or ranks that
-            loaded different ones.
+        UsageError: a damaged checkpoint, one that belongs to another model, other tasks in the middle of a
+            round, or ranks that loaded different ones.
     """
     manifest = verify(path)
     numbers, tasks = manifest["numbers"], manifest["tasks"]
     run.step = numbers["step"]
     if run.k and list(tasks) != list(run.active.tasks):
         raise UsageError(
-            f"checkpoint {path} lies in the middle of a round, where tasks cannot join or leave; "
+            f"checkpoint {path} is in the middle of a round, where tasks cannot join or leave; "
             "resume with the tasks it was made with"
         )
     _load_shared(path, run, numbers)
@@ -284,12 +284,16 @@ def _load_shared(path: Path, run: MetaStep, numbers: dict[str, Any]) -> None:
     views = run.layout.views(run.phi)
     unknown = sorted(_strip(shared, "phi/").keys() - views.keys())
     if unknown:
-        raise UsageError(f"checkpoint {path} is of another model: {unknown[0]!r} is not shared here; use that model")
+        raise UsageError(
+            f"checkpoint {path} belongs to another model: {unknown[0]!r} is not shared here; use that model"
+        )
     for name, view in views.items():
         saved = shared.get(f"phi/{name}")
         if saved is None or saved.shape != view.shape or saved.dtype != view.dtype:
             what = f"{name!r} of shape {tuple(view.shape)} and {view.dtype}"
-            raise UsageError(f"checkpoint {path} is of another model: it has no {what}; use the model it was made with")
+            raise UsageError(
+                f"checkpoint {path} belongs to another model: it has no {what}; use the model it was made with"
+            )
         view.copy_(saved)
     run.meta_optimizer.load({n: t.to(run.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
     run.counters.update_norm.copy_(shared["update_norm"])

@@ -1,4 +1,4 @@
-"""What a run's `checkpoints/` holds, told from names and manifests alone. This module never imports torch."""
+"""What a run's `checkpoints/` contains, judged by names and manifests only. This module never imports torch."""
 
 from __future__ import annotations
 

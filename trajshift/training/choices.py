@@ -1,4 +1,4 @@
-"""From what the user asked for to the parts of a run, with invalid combinations refused."""
+"""Turns what the user asked for into the parts of a run; invalid combinations raise an error that explains why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def choose_method(
     carry: str | Carry | None,
     **choices: Any,
 ) -> tuple[ResolvedMethod, metagrads.MetaGradient, Carry]:
-    """The preset with the user's choices put in, its meta-gradient and its carry."""
+    """The preset with the user's choices filled in, its meta-gradient and its carry."""
     name = carry if isinstance(carry, str) else None
     resolved, built = _choose_meta_gradient(
         method, horizon=horizon, metagrad=metagrad, options=options, carry=name, **choices
@@ -61,7 +61,7 @@ def _choose_meta_gradient(
         raise UsageError(f"metagrad is a {kind} object, which already has its options; drop gradient_options and batch")
     choices["batch"] = "heldout" if metagrad.needs_heldout else "train"
     name = metagrads.name_of(metagrad)
-    # Of a class of the user's own nothing is known that would speak against a combination.
+    # Nothing is known about a custom class that would rule out a combination.
     resolved = resolve(method, horizon=horizon, metagrad=name or "last_gradient", **choices)
     if resolved.joint and name is None:
         raise UsageError(f"{resolved.name} is joint training: it allows no metagrad {kind}")
@@ -109,7 +109,7 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
     """Puts named tensors into phi `[P]`; each shared parameter must be there with its shape.
 
     Raises:
-        UsageError: shared parameters that are missing or have another shape, or tensors that are none of the model's
+        UsageError: shared parameters that are missing or have another shape, or tensors that the model does not have
             (heads and BatchNorm statistics aside); lists all.
     """
     views = blueprint.layout.views(phi)

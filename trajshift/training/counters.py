@@ -37,7 +37,7 @@ class Counters:
         self._replaying = False
 
     def seat(self, names: Sequence[str]) -> None:
-        """Learners of these tasks have the rows now; those that stay keep their sums, the others start anew.
+        """Learners of these tasks now hold the rows; those that stay keep their sums, the others start from zero.
 
         So a task's numbers do not depend on which others share its rank.
         """
@@ -65,7 +65,7 @@ class Counters:
 
         Only tensors move.
         """
-        # theta too: an overflowing gradient spoils it, and through phi all others, before the next loss shows it.
+        # theta too: an overflowing gradient corrupts it, and through phi all others, before the next loss shows it.
         bad = ~(torch.isfinite(losses) & torch.isfinite(row_sums)) & (self.first_bad_step < 0)
         # not masked_fill_, which reads a tensor's value on the host
         self.first_bad_step.copy_(torch.where(bad, step, self.first_bad_step))
@@ -86,14 +86,14 @@ class Counters:
             self._replaying = False
 
     def mean_losses(self) -> list[float]:
-        """Mean loss of each learner since the last call; the sums start anew."""
+        """Mean loss of each learner since the last call; resets the sums."""
         means = [total / max(count, 1) for total, count in zip(self.loss_sum.tolist(), self.loss_count, strict=True)]
         self.loss_sum.zero_()
         self.loss_count = [0] * len(self.loss_count)
         return means
 
     def first_bad(self) -> list[tuple[int, str]]:
-        """(step, task) for each local task whose loss or parameters once were not finite."""
+        """(step, task) for each local task whose loss or parameters were ever not finite."""
         steps = torch.cat([self.first_bad_step, *(step[None] for step in self._left.values())]).tolist()
         return [(step, name) for step, name in zip(steps, (*self.names, *self._left), strict=True) if step >= 0]
 

@@ -1,4 +1,4 @@
-"""The meta-update: how phi follows the mean meta-gradient. A step returns what phi really moved."""
+"""The meta-update: how phi follows the mean meta-gradient. A step returns how far phi actually moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of Algorithm 2 and what it stands on: phi, the rows of theta, and the choices that move them.
+"""One step of Algorithm 2 and the state it works on: phi, the rows of theta, and the choices that move them.
 
 Engines drive a `MetaStep`; carries and meta-gradients see a Protocol of it (`trajshift.algorithm.protocols`).
 Shapes: T learners on this rank, P shared numbers each, padding included. phi is `[P]`, theta `[T, P]`.
@@ -110,7 +110,7 @@ class MetaStep:
     def __post_init__(self) -> None:
         self.counters = Counters(self.device, self.layout.dtype)
 
-    # -- where the run stands --------------------------------------------------------------------------------
+    # -- the state of the run --------------------------------------------------------------------------------
 
     @property
     def round(self) -> int:
@@ -139,12 +139,12 @@ class MetaStep:
 
     @property
     def gradients(self) -> Tensor:
-        """The gradients `[T, P]` that the last inner step followed; `[T, 0]` where nobody needs them."""
+        """The gradients `[T, P]` that the last inner step followed; `[T, 0]` if nothing needs them."""
         return self.active.gradients
 
     @property
     def layout(self) -> Layout:
-        """Where the shared parameters lie in a row."""
+        """Names, shapes and offsets of the shared parameters in a row."""
         return self.active.blueprint.layout
 
     @property
@@ -159,7 +159,7 @@ class MetaStep:
 
     @property
     def momentum(self) -> float:
-        """Of the inner optimizer; 0 for one that has none."""
+        """Momentum of the inner optimizer; 0 if it has none."""
         return float(self.inner.arguments.get("momentum", 0.0))
 
     @property
@@ -184,7 +184,7 @@ class MetaStep:
     # -- a round and its steps -------------------------------------------------------------------------------
 
     def begin_round(self) -> None:
-        """theta_0 <- phi for every learner of the round; what else a reset renews was chosen by `renew`."""
+        """theta_0 <- phi for every learner of the round; `renew` decides what else a reset renews."""
         self.active.check_modules()
         if self.active.assign(self.round):
             self.counters.seat(self.active.names)
@@ -203,7 +203,7 @@ class MetaStep:
         self.meta_gradient.begin(self.theta)
 
     def take(self, run: Runner) -> tuple[Tensor, bool]:
-        """Lines 8 to 13 of Algorithm 2: one inner step of all learners, then phi and theta follow if that is due.
+        """Lines 8 to 13 of Algorithm 2: one inner step of all learners, then the meta-update and its carry if due.
 
         Returns the losses `[T]` before the step and whether phi moved.
         """
@@ -234,8 +234,8 @@ class MetaStep:
             learner: bound to its row of theta.
             moment: of the step.
             batch: its training batch, where an engine has it already.
-            seeded: sets the global generators first, so that dropout repeats; not for engines that run learners at
-                once or record them.
+            seeded: sets the global generators first, so that dropout repeats; not for engines that run learners
+                at the same time or record them.
         """
         if batch is None:
             batch = learner.batches.train(moment.index)
@@ -299,18 +299,18 @@ class MetaStep:
         )
 
     def passes(self) -> ExtraPasses:
-        """What the meta-gradient sees: the learners as they stand, and passes that leave no trace in them."""
+        """What the meta-gradient sees: the learners as they are, and passes that do not change them."""
         return ExtraPasses(self.active, self.phi, self.step, self.autocast)
 
     def mean_gradient(self) -> Tensor:
-        """The rank's part of the mean meta-gradient `[P]`, in memory of its own."""
+        """The rank's part of the mean meta-gradient `[P]`, in its own memory."""
         passes = self.passes()
         gradient = self.meta_gradient.mean(passes, self.active.weights)
         self.counters.counts += passes.counts
         return gradient
 
     def move_phi(self, gradient: Tensor, *, carried: bool) -> None:
-        """phi follows a mean meta-gradient `[P]` (line 12), and theta phi if it continues (line 13)."""
+        """phi follows a mean meta-gradient `[P]` (line 12), and theta follows phi if it continues (line 13)."""
         delta = self.meta_optimizer.step(self.phi, gradient)
         self.counters.meta_update(torch.linalg.vector_norm(delta))
         if carried:

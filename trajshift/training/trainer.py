@@ -1,4 +1,4 @@
-"""What a user holds: a `MetaTrainer` built from options and tasks, iterated one inner step at a time.
+"""What a user works with: a `MetaTrainer` built from options and tasks, iterated one inner step at a time.
 
 The step itself is `trajshift.training.step`. Shapes: T learners on this rank, P shared numbers each, padding included.
 """
@@ -73,7 +73,7 @@ class MetaTrainer:
     Args:
         model: `model(task) -> nn.Module`, called once per task, or a module whose `head` is renewed for each.
         tasks: the source tasks, names unique.
-        method: a preset of `trajshift.METHODS`, or a `Method` of one's own.
+        method: a preset of `trajshift.METHODS`, or your own `Method`.
         horizon: K, inner steps between resets.
         rounds: M, trajectories per task.
         inner: the inner optimizer, its learning rate (alpha) and schedule.
@@ -91,7 +91,7 @@ class MetaTrainer:
         error_meter: measures the shift's approximation error; None does not.
 
     Raises:
-        UsageError: whatever does not fit, in one sentence.
+        UsageError: an argument that does not fit, explained in one sentence.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class MetaTrainer:
         check_sections(inner=inner, meta=meta, execution=execution)
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; use at least 1")
-        optimizer_class(inner.optimizer)  # refused here rather than at the first step
+        optimizer_class(inner.optimizer)  # fails here rather than at the first step
         world = World.current(str(execution.device))
         device = world.place(execution.device)
         if execution.threads is not None:
@@ -159,11 +159,11 @@ class MetaTrainer:
         self.engine = choose_engine(self._asked, self.meta_step)
         world.same(self.initialization.digest(), "the first phi")
 
-    # -- where the run stands --------------------------------------------------------------------------------
+    # -- the state of the run --------------------------------------------------------------------------------
 
     @property
     def method(self) -> ResolvedMethod:
-        """What was resolved."""
+        """The method with all its choices resolved."""
         return self.meta_step.method
 
     @property
@@ -199,12 +199,12 @@ class MetaTrainer:
 
     @property
     def device(self) -> torch.device:
-        """Where everything lives."""
+        """The device of phi and of all learners."""
         return self.meta_step.device
 
     @property
     def layout(self) -> Layout:
-        """Where the shared parameters lie in a row."""
+        """Names, shapes and offsets of the shared parameters in a row."""
         return self.meta_step.layout
 
     @property
@@ -230,7 +230,7 @@ class MetaTrainer:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Event]:
-        """Runs from where it stands to the end, one event per inner step."""
+        """Runs from the current step to the end, one event per inner step."""
         while self.step < self.total_steps:
             yield self.advance()
 
@@ -246,7 +246,7 @@ class MetaTrainer:
         return Event(run.step, round, k + 1, run.counters.inner_steps, run.tasks, losses, moved)
 
     def describe(self) -> dict[str, Any]:
-        """What was resolved, as JSON values, to be printed at the start and kept with the run."""
+        """The resolved choices, as JSON values, to be printed at the start and kept with the run."""
         run, method = self.meta_step, self.method
         blueprint = run.active.blueprint
         return {
@@ -273,12 +273,12 @@ class MetaTrainer:
     # -- metrics and tasks -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Any]:
-        """Where the run stands, from all ranks; call it on every rank.
+        """The state of the run, gathered from all ranks; call it on every rank.
 
         `step`, `round`, `k`; `inner_steps` (cumulative, per task, replays included), `gradient_evaluations`
         (over all tasks), `meta_update_norm` and for each task its mean `loss` since the last call and its `distance`
         ||theta - phi||. With an error meter also `approximation_errors`, the readings since the last call, and
-        `gauge_evaluations`, the inner steps that all readings cost, which no other count holds.
+        `gauge_evaluations`, the inner steps that all readings cost, which no other count includes.
         """
         run = self.meta_step
         distances = torch.linalg.vector_norm(run.theta - run.phi, dim=1).tolist()
@@ -309,16 +309,19 @@ class MetaTrainer:
         run.counters.refuse(run.world.gather(run.counters.first_bad()), inner_lr=run.inner.lr, meta_lr=self.meta_lr)
 
     def set_tasks(self, tasks: Sequence[Task] | Mapping[str, Task]) -> None:
-        """Other source tasks from the next round on; those that stay keep head, statistics and optimizer state.
+        """Replaces the source tasks from the next round on; those that stay keep head, statistics and optimizer state.
 
         Raises:
             UsageError: in the middle of a round, too few or too many tasks for the method, or a task that does not
-                fit: it lacks a shared parameter, stays with another number of outputs, or is none for the engine that
-                was asked for.
+                fit: it lacks a shared parameter, stays with another number of outputs, or cannot run on the engine
+                that was asked for.
         """
         run = self.meta_step
         if run.k != 0:
-            raise UsageError(f"tasks join and leave at a round boundary, and step {run.step} is at k = {run.k}")
+            raise UsageError(
+                f"tasks join and leave only at a round boundary, but step {run.step} is at k = {run.k}; "
+                "call set_tasks after the last step of a round"
+            )
         listed = choose_tasks(tasks, run.method)
         run.active.blueprint.admit(listed, run.seed)
         run.active.replace_tasks(listed)

@@ -12,10 +12,10 @@ _LARGE = 2**30  # bytes
 
 @cache
 def keep_memory() -> None:
-    """Lets glibc keep freed memory for the next step instead of giving it back; elsewhere it does nothing.
+    """Lets glibc keep freed memory for the next step instead of returning it to the system; does nothing elsewhere.
 
-    By default large activations are mapped anew in each step, their pages zeroed by the kernel at first use: 10 to
-    15% of the time of a ResNet20. It holds for the whole process, which then keeps the memory of its peak.
+    By default large activations are mapped again in each step, their pages zeroed by the kernel at first use: 10 to
+    15% of the time of a ResNet20. It applies to the whole process, which then keeps the memory of its peak.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -25,4 +25,4 @@ def keep_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, _LARGE)
     mallopt(_M_TRIM_THRESHOLD, _LARGE)
-    mallopt(_M_ARENA_MAX, 1)  # an arena of a thread of its own could grow to 64 MiB only
+    mallopt(_M_ARENA_MAX, 1)  # a thread's own arena could only grow to 64 MiB

@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package lies in, with + where files differ from it; None elsewhere."""
+    """Commit of the checkout that contains the package, followed by + if files differ; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]

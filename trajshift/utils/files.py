@@ -1,4 +1,4 @@
-"""Files: atomic writes, rows of JSON, what a full disk says."""
+"""Files: atomic writes, rows of JSON, errors of a full disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a .jsonl file; a half-written last line is left out, a missing file has none."""
+    """The complete rows of a .jsonl file; a half-written last line is left out, and a missing file has none."""
     if not path.exists():
         return []
     rows = []
@@ -41,10 +41,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """The whole rows of a .jsonl file.
+    """The complete rows of a .jsonl file.
 
     Args:
-        file: one mapping in a line.
+        file: one mapping per line.
         fields: what every row must have: field -> type, or a tuple of types.
 
     Raises:
@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_to_disk(path: Path, content: bytes | memoryview) -> None:
-    """Write a file and wait until it is on the disk; a crash meanwhile leaves a part of it."""
+    """Write a file and wait until it is on the disk; a crash meanwhile may leave only part of it."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -88,7 +88,7 @@ def write_to_disk(path: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def disk_errors(path: Path, *, option: str = "output.directory", again: str | None = None) -> Iterator[None]:
-    """Say in one sentence that a disk is full or cannot be written to, whichever library found out.
+    """Report in one sentence that a disk is full or not writable, whichever library noticed.
 
     `option` names what chooses the folder, `again` the command that resumes; by default those of `trajshift train`.
     """
@@ -105,6 +105,6 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
                 f"{again or f'trajshift train --resume {path}'}"
             ) from error
         refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
-        if code in refused or "os error 13" in text:  # as safetensors says it
+        if code in refused or "os error 13" in text:  # as safetensors words it
             raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise

@@ -16,14 +16,14 @@ def load_object(path: str, role: str) -> Any:
 
     Args:
         path: the import path; the name after the colon may be dotted.
-        role: what the object is used as, for the error's sentence ("model", "source").
+        role: what the object is used as, for the error message ("model", "source").
 
     Raises:
         UsageError: a path of another form, a module that cannot be imported, or a name it does not have.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")]):
-        raise UsageError(f"{role} {path!r} is no import path; write package.module:name")
+        raise UsageError(f"{role} {path!r} is not an import path; write package.module:name")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # at the end: a file here must not hide an installed package
@@ -32,7 +32,7 @@ def load_object(path: str, role: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"{role} {path!r}: cannot import {module_name!r} ({error}); "
-            "install it or start from the directory that holds it"
+            "install it or start from the directory that contains it"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -42,7 +42,7 @@ def load_object(path: str, role: str) -> Any:
 
 
 def need_report_extra() -> None:
-    """Refuse early what could not be finished without the report extra.
+    """Fail early if the report extra, which will be needed later, is not installed.
 
     Raises:
         UsageError: one of its packages is missing.
@@ -53,5 +53,5 @@ def need_report_extra() -> None:
 
 
 def missing_report_extra(package: str) -> UsageError:
-    """What a reader without the report extra is told."""
+    """The error for a missing package of the report extra."""
     return UsageError(f"intervals, figures and pages need {package}: pip install 'trajshift[report]'")

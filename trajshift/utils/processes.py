@@ -28,7 +28,7 @@ def run_in_processes(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
 
     Raises:
         UsageError: a process died.
-        KeyboardInterrupt: SIGINT or SIGTERM; the processes end with the pieces they have in hand.
+        KeyboardInterrupt: SIGINT or SIGTERM; the processes finish the pieces they are working on.
     """
     if processes == 1:
         for key, job in jobs.items():
@@ -45,12 +45,12 @@ def run_in_processes(jobs: Jobs, processes: int) -> Iterator[tuple[Key, Any]]:
                 yield key, future.result()
             except BrokenProcessPool:
                 raise UsageError(
-                    "a process died, perhaps for want of memory; give the same command again to go on"
+                    "a process died, perhaps because memory ran out; rerun the same command to resume"
                 ) from None
 
 
 def _prepare() -> None:
-    """One thread; and an interrupt is the parent's affair."""
+    """Uses one thread, and leaves interrupts to the parent."""
     import torch
 
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def _prepare() -> None:
 
 
 def _by_value(tensor: Tensor) -> tuple[Any, ...]:
-    """How a tensor travels to the parent: PyTorch's own way holds a file of shared memory open for each."""
+    """Sends a tensor to the parent by value: PyTorch's own way keeps a shared-memory file open for each."""
     import torch
 
     return torch.from_numpy, (tensor.numpy(),)
@@ -67,7 +67,7 @@ def _by_value(tensor: Tensor) -> tuple[Any, ...]:
 
 def _done(job: Callable[[], Any]) -> Any:
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it was killed, and nobody waits for the rest
+    if parent is not None and not parent.is_alive():  # it was killed, and nothing waits for the remaining results
         os._exit(1)
     return job()
 

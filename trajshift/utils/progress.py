@@ -74,7 +74,7 @@ class Progress:
         return (self.step - self._first) / max(time.monotonic() - self._began, 1e-9)
 
     def update(self, step: int, losses: Mapping[str, float] | None = None, note: str = "") -> None:
-        """Report that `step` steps are done, with the losses of the tasks or a remark where they are new."""
+        """Report that `step` steps are done, with new losses of the tasks or a new remark if there are any."""
         self.step = step
         if not self.enabled:
             return

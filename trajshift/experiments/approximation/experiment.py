@@ -36,10 +36,10 @@ UNITS, SETTINGS = "units.jsonl", "settings.json"
 def run_experiment(
     out: Path, recipe: str | None = None, overrides: Sequence[str] = (), *, plan: MeasurementPlan | None = None
 ) -> None:
-    """Measure every setting of the plan that `out` does not hold yet, then write figures, findings and the page.
+    """Measure every setting of the plan that is not yet in `out`, then write figures, findings and the page.
 
     Raises:
-        UsageError: `out` holds results of other settings, the recipe does not fit, or a worker died.
+        UsageError: `out` contains results of other settings, the recipe does not fit, or a worker died.
     """
     need_report_extra()
     plan = plan or MeasurementPlan()
@@ -60,10 +60,10 @@ def run_experiment(
 
 
 def _claim(out: Path, recipe: Recipe, plan: MeasurementPlan, *, begun: bool) -> None:
-    """Writes what the folder is for, or refuses one that was begun for something else."""
+    """Records the settings in the folder, or rejects a folder that was started with others."""
     said = json.loads(json.dumps({"plan": asdict(plan), "recipe": used_fields(recipe)}))
     if begun and _settings(out / SETTINGS) != said:
-        raise UsageError(f"{out} holds an experiment with other settings; name another folder with --out")
+        raise UsageError(f"{out} contains an experiment with other settings; name another folder with --out")
     write_json(out / SETTINGS, said)
 
 
@@ -77,7 +77,7 @@ def _settings(file: Path) -> Any:
 def _measure(
     out: Path, recipe: Recipe, plan: MeasurementPlan, missing: Sequence[tuple[Setting, int]], total: int
 ) -> dict[str, dict[str, Any]]:
-    """Measures in one process per core; every unit is saved as soon as it is there."""
+    """Measures in one process per core; every unit is saved as soon as it is done."""
     text, commit = json.dumps(asdict(recipe)), environment()["commit"]
     jobs: Jobs = {(setting, draw): partial(_measure_one, text, plan, setting, draw) for setting, draw in missing}
     done, units = total - len(missing), {}

@@ -36,7 +36,7 @@ def _line(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: 
     means = np.array([one.mean for _, one in points])
     half = np.array([one.half_width or 0.0 for _, one in points])
     axis.plot(at, means, label=label, **look)
-    # An interval that reaches zero has no place on a logarithmic axis: it is cut at a tenth of the mean.
+    # An interval that reaches zero cannot be drawn on a logarithmic axis: it is cut at a tenth of the mean.
     axis.fill_between(at, np.maximum(means - half, means / 10), means + half, color=look["color"], alpha=0.16, lw=0)
 
 
@@ -115,7 +115,7 @@ def order_figure(units: Units, plan: MeasurementPlan, networks: Sequence[str], c
 
 
 def _sum_of_powers(k: int, order: int) -> float:
-    """Sum over i < k of i^(order - 1): what k^order stands for at small k."""
+    """Sum over i < k of i^(order - 1), to which k^order is proportional for large k only."""
     return float(sum(i ** (order - 1) for i in range(1, k)))
 
 

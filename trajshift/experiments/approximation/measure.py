@@ -42,11 +42,11 @@ class Prescribed(MetaGradient):
         self._shifts = shifts
 
     def begin(self, theta: Tensor) -> None:
-        """Back to the first shift."""
+        """Starts again from the first shift."""
         self._k = 0
 
     def observe(self, theta: Tensor, losses: Tensor, gradients: Tensor) -> None:
-        """On to the next one."""
+        """Moves on to the next shift."""
         self._k += 1
 
     def read(self, view: MetaGradientView) -> Tensor:

@@ -25,7 +25,7 @@ NETWORKS = {
 DISPLACEMENT, PRESCRIBED = "displacement", "prescribed"
 DEFAULT_RECIPE = "digits"
 DEFAULTS = ("train_on=[mirrored,few-classes]", "model.options.width=8", "model.options.batch_norm=false")
-"""What the experiment changes in its own default recipe: two tasks of 8x8 pixels, no BatchNorm."""
+"""What the experiment overrides in its default recipe: two tasks of 8x8 pixels, no BatchNorm."""
 
 USED = ("tasks", "train_on", "data", "model", "head", "shared", "batch_size")
 """Fields of a recipe that the experiment uses; all others follow from the plan."""
@@ -93,11 +93,11 @@ class MeasurementPlan:
 
 
 QUICK = MeasurementPlan(alphas=(0.003, 0.01), betas=(0.01, 0.03), ks=(2, 5, 10, 20), draws=2)
-"""A check of the command, no result."""
+"""A check of the command, not a result."""
 
 
 def scale(optimizer: str) -> float:
-    """What alpha of the grid is multiplied with for an optimizer."""
+    """The factor on the grid's alpha for an optimizer."""
     return ADAM_FACTOR if optimizer == "Adam" else 1.0
 
 
@@ -132,7 +132,7 @@ def networks(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Model options by name: kinked and smooth for `conv`, and the model as it is for any other.
 
     Raises:
-        UsageError: `conv` with an activation or pooling of the recipe's own, of which both are compared.
+        UsageError: `conv` with an activation or pooling set in the recipe, although both are compared.
     """
     if recipe.model.name != "conv":
         return {recipe.model.name: {}}

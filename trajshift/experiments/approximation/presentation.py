@@ -94,7 +94,7 @@ def _about(units: Units, plan: MeasurementPlan, recipe: Recipe, networks: Sequen
     )
 
 
-# -- what it says --------------------------------------------------------------------------------------------
+# -- findings ------------------------------------------------------------------------------------------------
 
 
 def _findings(
@@ -104,7 +104,7 @@ def _findings(
     checks: Sequence[Check],
     plan: MeasurementPlan,
 ) -> list[str]:
-    """One sentence a finding, every number from this run."""
+    """One sentence per finding, every number from this run."""
     said = [_size(table, plan)]
     networks = list(dict.fromkeys(one.setting.network for one in table))
     if len(networks) == 2:
@@ -267,7 +267,7 @@ def _markdown(about: str, findings: Sequence[str], tables: dict[str, Table]) -> 
 
 
 def _page(about: str, findings: Sequence[str], tables: dict[str, Table], figures: dict[str, str]) -> Page:
-    page = Page("How far is a shifted trajectory from the one it stands for?")
+    page = Page("How far is a shifted trajectory from the one it approximates?")
     page.paragraph(
         "Trajectory shifting never restarts a task: when the initialization phi moves by d, every running "
         "trajectory is moved by the same d, as if the inner run were a translation of its start (equation 3). The "
@@ -284,8 +284,8 @@ def _page(about: str, findings: Sequence[str], tables: dict[str, Table], figures
         "draws (an interval that reaches zero is cut at a tenth of the mean).",
     )
     page.paragraph(
-        "A ReLU or a maximum that switches between the two trajectories makes their gradients differ at once, where "
-        "the gradients of a smooth network part slowly. How much that adds is among the findings below."
+        "A ReLU or a maximum that switches between the two trajectories makes their gradients differ at once, while "
+        "the gradients of a smooth network diverge slowly. How much that adds is among the findings below."
     )
     page.figure(
         figures["relative"], "The same relative to ||theta_k - phi||, the distance that the meta-gradient measures."

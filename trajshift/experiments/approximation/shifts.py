@@ -6,10 +6,10 @@ With SGD and momentum mu (v <- mu v + g, theta <- theta - alpha v) an inner step
     dtheta_k = dtheta_{k-1} - alpha dv_k,         dtheta_0 = delta, dv_0 = 0.
 
 To zeroth order in alpha h, dtheta_k = delta and dv_k = c_k H delta with c_k = (1 - mu^k) / (1 - mu): a translation
-leaves the velocity alone but for a term of order h min(k, 1 / (1 - mu)). To first order
+does not change the velocity, up to a term of order h min(k, 1 / (1 - mu)). To first order
 dtheta_k = (I - alpha S_k H) delta with S_k = c_1 + ... + c_k, about k / (1 - mu) for k much above 1 / (1 - mu): the
 contraction of k steps at the rate alpha / (1 - mu). What the identity leaves out of the velocity, c_k H delta, moves
-theta over the steps to come by alpha mu / (1 - mu) c_k H delta: as much as mu / (1 - mu) further steps would contract.
+theta over later steps by alpha mu / (1 - mu) c_k H delta: as much as mu / (1 - mu) further steps would contract.
 Shapes: T learners, P shared numbers.
 """
 
@@ -70,8 +70,8 @@ class ScalarShift(Carry):
 class DiagonalShift(Carry):
     """theta_t <- theta_t + exp(-alpha/(1-mu) sum_i B g_i^2) delta: dU_k/dphi as a diagonal, without extra passes.
 
-    B g^2, with g the gradient of a mean over B examples, stands for the diagonal of the Fisher matrix, and that
-    for the Hessian's. Momentum counts as its rate of the long run, from the first step on.
+    B g^2, with g the gradient of a mean over B examples, approximates the diagonal of the Fisher matrix, and that
+    the Hessian's. Momentum is counted at its long-run rate from the first step on.
     """
 
     needs_gradients = True
@@ -99,17 +99,17 @@ class DiagonalShift(Carry):
 class VelocityShift(Carry):
     """theta_t <- theta_t + delta and v_t <- v_t + c_k H delta: what dv_k/dphi adds, with the identity for theta.
 
-    What is owed is kept as directions, passed on from step to step as SGD would, and paid every `EVERY` inner steps by
-    two Hessian-vector products. Needs SGD with momentum.
+    The outstanding correction is kept as directions, which evolve from step to step as under SGD, and is applied every
+    `EVERY` inner steps by two Hessian-vector products. Needs SGD with momentum.
     """
 
     def begin(self, view: CarryView) -> None:
-        """Nothing is owed yet."""
+        """No correction is outstanding yet."""
         # Equal rows: a checkpoint stores state task by task.
         self._velocity, self._theta = torch.zeros_like(view.theta), torch.zeros_like(view.theta)
 
     def __call__(self, view: CarryView, delta: Tensor) -> None:
-        """Shifts every row by delta `[P]`, and pays if it is time."""
+        """Shifts every row by delta `[P]`, and applies the correction if it is due."""
         view.theta.add_(delta)
         mu, k = view.momentum, view.k
         self._velocity *= mu
@@ -135,7 +135,7 @@ class VelocityShift(Carry):
             raise UsageError(f"{type(self).__name__} needs SGD; set inner.optimizer=sgd, or drop the carry")
 
     def state(self) -> dict[str, Tensor]:
-        """What is owed, `[T, P]` each."""
+        """The outstanding corrections, `[T, P]` each."""
         return {"velocity": self._velocity, "theta": self._theta}
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""From the saved units to numbers with intervals: errors, slopes against equation 5, shifts compared.
+"""Turns the saved units into numbers with intervals: errors, slopes against equation 5, shifts compared.
 
 The unit of every statistic is the draw; tasks are averaged within it. Arrays: `[draws, ks]`.
 """
@@ -22,7 +22,7 @@ from trajshift.experiments.approximation.measurement_plan import (
 )
 
 SMALL = 0.1
-"""Equation 5 wants alpha h k far below 1: slopes that it predicts are fitted where it is at most this."""
+"""Equation 5 requires alpha h k far below 1: slopes that it predicts are fitted where it is at most this."""
 FIRST_K = 10
 """Slopes in k are fitted from this k on: sums over i < k are powers of k only for k well above 1."""
 SLOPE_K = 20
@@ -87,7 +87,7 @@ class Slope:
     variable: str
     """`k`, `alpha` or `beta`; `k, middle alpha` is k at the published learning rate, outside the regime."""
     measured: Estimate | None
-    """None where fewer than two points lie in the regime."""
+    """None where fewer than two points are in the regime."""
     predicted: int | None
     """None where equation 5 claims no order: momentum, Adam, and outside the regime."""
     points: tuple[float, ...]

@@ -1,7 +1,7 @@
 """The published image experiments (sections 4.2 and 4.3): which runs each is made of, at which scale.
 
 Every run is a recipe with overrides, so each can also be made by `trajshift train`. Experiments share runs: what one
-has trained the next does not train again.
+has trained, the next reuses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Arms = Mapping[str, tuple[str, ...]]
 """Name of a run -> what it overrides in the recipe."""
 
 SCALES = ("full", "small", "check")
-"""As published; what two cores finish; a few steps of everything, to see that it runs."""
+"""As published; what two cores can finish; a few steps of everything, to check that it runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Published:
     study: Study
     arms: Arms
     by_scale: Mapping[str, Arms] | None = None
-    """Arms that depend on the scale, in the place of `arms`."""
+    """Arms that depend on the scale, in place of `arms`."""
     checkpoints: bool = False
     """Whether every checkpoint is fine-tuned, for accuracy against inner steps."""
     few_data: bool = False

@@ -1,4 +1,4 @@
-"""Does the published experiments: trains and fine-tunes what is missing, prints and writes the page."""
+"""Runs the published experiments: trains and fine-tunes what is missing, prints and writes the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trajshift.utils.processes import cores
 from trajshift.utils.terminal import console
 
 _DECIDED = {"seed": "--seeds N", "output.directory": "--out DIR", "output.name": "--out DIR"}
-"""Fields that an option decides."""
+"""Fields that an option sets."""
 
 
 def experiment_jobs(
@@ -34,8 +34,7 @@ def experiment_jobs(
 ) -> list[Job]:
     """One job for each arm and seed; the start without meta-training is fine-tuned with the first arm.
 
-    `tuned` rates come in the place of the published ones, except where an arm has another horizon than the one that
-    was tuned.
+    `tuned` rates replace the published ones, except where an arm has another horizon than the one that was tuned.
 
     Raises:
         UsageError: an unknown scale, no seed, or an override that does not fit or would change what the runs compare.
@@ -75,7 +74,7 @@ def _chosen(tuned: Tuned | None, recipe: Recipe, base: Recipe) -> tuple[str, ...
 
 
 def _untuned(tuned: Tuned, jobs: Sequence[Job], base: Recipe) -> list[str]:
-    """A note on the runs that keep the recipe's rates beside tuned ones.
+    """A note on the runs that keep the recipe's rates while others are tuned.
 
     Raises:
         UsageError: the sweeps chose for none of the runs.
@@ -91,7 +90,7 @@ def _untuned(tuned: Tuned, jobs: Sequence[Job], base: Recipe) -> list[str]:
 
 
 def _unlike_registered(jobs: Sequence[Job], scale: str) -> list[str]:
-    """Notes on caches with other counts than the registered ones; `check` takes any.
+    """Notes on caches with other counts than the registered ones; scale `check` accepts any.
 
     Raises:
         UsageError: `full`, and a cache has another size in pixels.
@@ -116,8 +115,8 @@ def _unlike_registered(jobs: Sequence[Job], scale: str) -> list[str]:
         pixels = manifest["images"]["train"][2]
         if scale == "full" and data.size is None and task.size is None and pixels != entry.size:
             raise UsageError(
-                f"{folder} has images of {pixels} pixels, and --scale full takes the registered {entry.size}; "
-                "name the folder of such caches by data.root=DIR, or take --scale small"
+                f"{folder} has images of {pixels} pixels, but --scale full needs the registered {entry.size}; "
+                "name the folder of such caches with data.root=DIR, or use --scale small"
             )
         notes[entry.name] = [f"{entry.name}: {text}" for text in figures_that_differ(manifest, entry)]
     return [note for found in notes.values() for note in found]
@@ -132,16 +131,16 @@ def _base(name: str, scale: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _refuse_decided(name: str, arms: Arms, overrides: Sequence[str]) -> None:
-    """Refuses an override of what an option or the runs of the experiment decide."""
+    """Rejects an override of a field that an option or the experiment itself sets."""
     by_arm = {split_override(word)[0][0] for own in arms.values() for word in own}
     for word in overrides:
         path, _ = split_override(word)
         field = ".".join(path)
         if field in _DECIDED:
-            raise UsageError(f"{word} would be the same in all runs of {name}; give {_DECIDED[field]} instead")
+            raise UsageError(f"{word} would be the same in all runs of {name}; use {_DECIDED[field]} instead")
         if path[0] in by_arm:
-            remedy = "give rates with --tuned" if field == "meta_lr" else "make such a run with trajshift train"
-            raise UsageError(f"{word} is not for {name}, whose runs set {path[0]} of their own; {remedy}")
+            remedy = "pass rates with --tuned" if field == "meta_lr" else "make such a run with trajshift train"
+            raise UsageError(f"{word} cannot be set for {name}, whose runs set {path[0]} themselves; {remedy}")
 
 
 def run_published(
@@ -157,7 +156,7 @@ def run_published(
     """Train and fine-tune what is not done yet, print the comparison and write the page; returns its path.
 
     Raises:
-        UsageError: what does not fit, or runs that failed; the page is written from the others.
+        UsageError: something does not fit, or runs failed; the page is written from the others.
     """
     need_report_extra()
     at_least("--jobs", workers, 1, "run")
@@ -181,7 +180,9 @@ def run_published(
     if failures:
         count = f"{len(failures)} of {len(jobs)} runs"
         why = next(iter(failures.values()))
-        raise UsageError(f"{count} failed and are left out of the page; the same command tries again; the first: {why}")
+        raise UsageError(
+            f"{count} failed and are left out of the page; rerun the same command to try again; the first: {why}"
+        )
     return page
 
 

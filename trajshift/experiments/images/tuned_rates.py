@@ -11,7 +11,7 @@ from typing import Any
 from trajshift.errors import UsageError
 
 _RATES = ("meta_lr", "meta", "metagrad_options", "inner")
-"""Fields and sections that are taken from a sweep; what else it varied or set is not the experiment's."""
+"""Fields and sections that are taken from a sweep; whatever else it varied or set is ignored."""
 _AGAIN = "sweep again with method=A,B,... among the fields"
 
 
@@ -38,7 +38,7 @@ def read_tuned(files: Sequence[Path], recipe: str, horizon: int) -> Tuned:
         summary = _read(file, recipe)
         for method, point in summary["choice"].items():
             if method in rates:
-                raise UsageError(f"{file} chooses for {method}, as a file before it does; leave one of them out")
+                raise UsageError(f"{file} chooses for {method}, as an earlier file does; leave one of them out")
             tuned_at = point.get("horizon", summary["horizon"])
             if str(tuned_at) != str(horizon):
                 raise UsageError(
@@ -53,14 +53,14 @@ def read_tuned(files: Sequence[Path], recipe: str, horizon: int) -> Tuned:
 
 
 def _read(file: Path, recipe: str) -> dict[str, Any]:
-    """One sweep.json, its parts as they must be."""
+    """One sweep.json, its parts checked."""
     try:
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         parts = {name: summary[name] for name in ("recipe", "horizon", "choice", "edges")}
         parts["choice"] = {method: dict(point) for method, point in parts["choice"].items()}
         parts["edges"] = {method: [str(text) for text in texts] for method, texts in parts["edges"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file} is no readable sweep.json ({type(error).__name__}: {error}); {_AGAIN}") from None
+        raise UsageError(f"{file} is not a readable sweep.json ({type(error).__name__}: {error}); {_AGAIN}") from None
     if not parts["choice"] or "" in parts["choice"]:
         raise UsageError(f"{file} has no choice for each method; {_AGAIN}")
     if parts["recipe"] != recipe:

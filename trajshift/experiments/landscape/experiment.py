@@ -1,6 +1,6 @@
 """`trajshift experiment landscape`: measures, draws figures 4 and 5, and writes findings, page and numbers.
 
-OUT/ holds 4a, 4b, 4c, 4d, 5ab, 5cd and comparison as .svg and .png, findings.md, index.html, results.json and
+OUT/ contains 4a, 4b, 4c, 4d, 5ab, 5cd and comparison as .svg and .png, findings.md, index.html, results.json and
 arrays.npz (what the figures were drawn from).
 """
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 BIAS_AT = (5, 10, 25, 50)
 SAME_WAY, AGREEMENT = 0.95, 0.1
-"""What is called the same direction, and how large a gap, as part of the distance travelled, agreement."""
+"""The cosine above which directions count as the same; the largest gap, in distances travelled, that is agreement."""
 _HEADER = ("method", "meta-updates", "inner steps", "mean quality", "median", "good ends", "left", "overflowed")
 _COLUMNS = (("mean", 3), ("median", 3), ("good", 1))
 
@@ -49,7 +49,7 @@ class Findings:
     tables: list[Table] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     setting: str = ""
-    """What was run and how numbers are to be read."""
+    """What was run and how to read the numbers."""
     quality: dict[str, Comparison] = field(default_factory=dict)
     """Unit of the budget -> all methods on the random sets."""
 
@@ -208,7 +208,7 @@ def _early_agreement(results: Results, found: Findings) -> None:
 
 
 def _beyond(estimate: Estimate, level: float, *, above: bool) -> str:
-    """Whether an interval lies on the claimed side of a level."""
+    """Whether an interval is on the claimed side of a level."""
     if estimate.low is None or estimate.high is None:
         return OPEN
     if estimate.low > level:

@@ -1,6 +1,6 @@
-"""Eight rotated copies of Himmelblau's function around (5, 5): losses, gradients, and the same as tasks of the core.
+"""Eight rotated copies of Himmelblau's function around (5, 5): losses, gradients, and tasks for `MetaTrainer`.
 
-Shapes: T = 8 tasks, N points; `...` is empty for one set of tasks and `[S]` for S sets stacked. Inside, points lie
+Shapes: T = 8 tasks, N points; `...` is empty for one set of tasks and `[S]` for S sets stacked. Inside, points are
 coordinate-first, `[2, T, ..., N]`, so that every operation runs along N.
 """
 
@@ -82,7 +82,7 @@ class Landscape:
         if points.dim() > 2 and points.shape[:-2] != self.sets:
             raise UsageError(
                 f"points have the shape {list(points.shape)}, but {list(self.sets)} sets of tasks are stacked; "
-                "give [N, 2], or one [N, 2] for each set"
+                "pass [N, 2], or one [N, 2] for each set"
             )
         between = (1,) * (len(self.sets) - (points.dim() - 2))
         shared = points.movedim(-1, 0).reshape(2, 1, *between, *points.shape[:-1])
@@ -120,7 +120,7 @@ class Landscape:
         v = torch.addcmul(self._v, x, self._sin).addcmul_(y, self._cos)
         return u, v, torch.addcmul(v, u, u).sub_(11.0), torch.addcmul(u, v, v).sub_(7.0)
 
-    # -- slow: for the loop of the core ----------------------------------------------------------------------
+    # -- slow: for `MetaTrainer` -----------------------------------------------------------------------------
 
     def as_tasks(self) -> list[Task]:
         """The same losses for a `MetaTrainer` on `Point` models; the data are a dummy."""
@@ -205,5 +205,5 @@ def as_points(points: Tensor | np.ndarray, name: str = "points") -> Tensor:
     """
     tensor = torch.as_tensor(points, dtype=torch.float64)
     if tensor.dim() < 2 or tensor.shape[-1] != 2:
-        raise UsageError(f"{name} have the shape {list(tensor.shape)}; give [N, 2], one point a row")
+        raise UsageError(f"{name} have the shape {list(tensor.shape)}; pass [N, 2], one point per row")
     return tensor

@@ -28,7 +28,7 @@ GOOD = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Of the paper (section 4.1), and sizes of the run."""
+    """Settings of the paper (section 4.1), and sizes of the run."""
 
     horizon: int = 100
     """K."""
@@ -38,7 +38,7 @@ class Settings:
     meta_lr: float = 0.1
     momentum: float = 0.9
     test_lr: float = 0.1
-    """Of the Adam steps that measure quality; as many as the horizon."""
+    """Learning rate of the Adam steps that measure quality; there are as many as the horizon."""
     side: int = 41
     """Points on a side of the grid behind quality, published optima and short-horizon bias."""
     optima_side: int = 21
@@ -108,7 +108,7 @@ def end_quality(phi: Tensor, landscape: Landscape, settings: Settings) -> Tensor
 def finish(method: str, landscape: Landscape, starts: Tensor, limit: Limit, settings: Settings) -> End:
     """Runs a method until the last meta-update within the limit.
 
-    With trajectories that are restarted for every meta-update, less than one trajectory of the budget may be left.
+    If trajectories restart for every meta-update, up to one trajectory of the budget may be left.
     """
     watch, marked, steps, phi, done = Watch(), [], 0, torch.empty(0), 0
     marks = settings.marks() if limit.unit == "meta-updates" else ()

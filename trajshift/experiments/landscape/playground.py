@@ -28,7 +28,7 @@ def playground_html() -> str:
 
 
 def playground_data() -> dict[str, Any]:
-    """What the script knows from Python, as JSON values: the presets and both variants of the tasks."""
+    """What the script gets from Python, as JSON values: the presets and both variants of the tasks."""
     chosen = {name: METHODS[name] for name in OFFERED}
     return {
         "domain": DOMAIN,
@@ -55,7 +55,7 @@ def _landscape(variant: str) -> dict[str, Any]:
 
 
 def _directions(landscape: Landscape) -> str:
-    """Angles of the core's random directions with seed 0, `[STEPS, T]` float64 in base64 (`carries.random`)."""
+    """Angles of the library's random directions with seed 0, `[STEPS, T]` float64 in base64 (`carries.random`)."""
     draws = [
         normal(key(0, name, "direction", step), _ROW, dtype=torch.float64)[:2]
         for step in range(1, STEPS + 1)

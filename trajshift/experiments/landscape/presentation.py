@@ -1,4 +1,4 @@
-"""The page: every figure with a paragraph that teaches, the findings, and the part to play with."""
+"""The page: every figure with a paragraph that explains it, the findings, and the playground."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def page(results: Results, found: Findings, folder: Path) -> str:
-    """Draws the figures into `folder`; returns the page that holds them."""
+    """Draws the figures into `folder`; returns the page that shows them."""
     from trajshift.experiments.landscape.playground import playground_html
 
     made = Page("Why trajectory shifting works, in the plane")
@@ -61,24 +61,24 @@ def _horizon(made: Page, results: Results, folder: Path) -> None:
     made.paragraph(
         f"Choose phi so that the loss after k steps is lowest, then take {longest} steps from it. The phi that is best "
         f"for k = {longest // 4} ends at a loss of {bias[longest // 4]:.2f}, the phi that is best for k = {longest} at "
-        f"{bias[-1]:.3f} (means over {len(results.bias)} random sets). Whoever meta-learns with short trajectories "
-        "because they are cheap chooses a start that long ones do not want. This is the short-horizon bias."
+        f"{bias[-1]:.3f} (means over {len(results.bias)} random sets). Meta-learning with short trajectories, "
+        "because they are cheap, chooses a start that is bad for long ones. This is the short-horizon bias."
     )
     made.figure(
         save(drawing.bias_figure(results), "4c", folder),
         f"Figure 4(c): loss after {longest} Adam steps from the grid point that is best after k steps; mean and 95% "
-        "interval. A single set, dashed, is a staircase: the best grid point changes at a few k.",
+        "interval. The curve of a single set, dashed, is a staircase: the best grid point changes at a few k.",
     )
     costs = {method: int(made_run.inner_steps[-1]) for method, made_run in results.runs.items()}
     made.paragraph(
-        f"Long trajectories are dear if every meta-update needs a new one: {results.settings.updates} meta-updates "
+        f"Long trajectories are costly if every meta-update needs a new one: {results.settings.updates} meta-updates "
         f"cost Reptile {costs['reptile']:,} inner steps per task. Trajectory shifting moves phi at every step "
-        f"and takes the running trajectory along: {costs['trajectory-shifting']:,} steps. Replaying the trajectory "
+        f"and moves the running trajectory with it: {costs['trajectory-shifting']:,} steps. Replaying the trajectory "
         f"from each new phi, which is exact, costs {costs['accurate']:,}."
     )
     made.figure(
         save(drawing.cost_figure(results), "4d", folder),
-        "Figure 4(d): cumulative inner steps, replays included, as the core's loop counts them.",
+        "Figure 4(d): cumulative inner steps, replays included, as `MetaTrainer` counts them.",
     )
 
 
@@ -88,7 +88,7 @@ def _paths(made: Page, results: Results, folder: Path) -> None:
     made.paragraph(
         f"With k = {short} the learners barely move, the direction of phi is smooth, and all starts flow to "
         f"{few.cluster_count} places. With k = {long} a small change of phi sends learners to other minima, the "
-        f"direction jumps, and there are {many.cluster_count} places to get stuck in. Trajectory shifting meets both: "
+        f"direction jumps, and there are {many.cluster_count} places to get stuck in. Trajectory shifting sees both: "
         "after a reset its trajectories are short and phi follows the smooth picture, then they grow."
     )
     made.figure(
@@ -97,8 +97,8 @@ def _paths(made: Page, results: Results, folder: Path) -> None:
         f"0.001; points within 0.05 form a cluster. {_fates(few.fates, short)} {_fates(many.fates, long)}",
     )
     made.paragraph(
-        "The ground shows how good each point is as a start, dark is good; methods see none of it. Reptile rests at "
-        "the first optimum of the long-horizon picture on its way. Trajectory shifting keeps moving: each reset "
+        "The background shows how good each point is as a start, dark is good; methods see none of it. Reptile rests "
+        "at the first optimum of the long-horizon picture on its way. Trajectory shifting keeps moving: each reset "
         "throws it back to the smooth picture. The first start was chosen to show what the paper describes, the four "
         "others are a square around the centre."
     )

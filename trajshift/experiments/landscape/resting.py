@@ -15,7 +15,7 @@ _UNIT = 1e-3
 
 
 class Optima(NamedTuple):
-    """What became of the starts."""
+    """Where the starts ended up."""
 
     points: Tensor
     """`[F, 2]`, each phi that maps to itself once rounded: the red dots."""

@@ -13,7 +13,7 @@ from trajshift.experiments.landscape.vectorized_loop import Run
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """All that is drawn and told."""
+    """All that the figures draw and the findings report."""
 
     settings: Settings
     ends: dict[str, dict[str, End]]

@@ -1,8 +1,8 @@
 """`--study`: all methods from every point of the grid, on 20 random sets of tasks, meta_lr tuned for each method.
 
 Three budgets: K * M meta-updates, and K * M and 100 K M inner steps (300, 300 and 30,000). study.jsonl gets one row for
-each tuning and each final run, in a fixed order and without a clock, so a study that was cut off goes on where it was
-and ends with the same file. Each method is tuned for each budget on sets of tasks that are not compared.
+each tuning and each final run, in a fixed order and without a clock, so an interrupted study resumes where it was and
+ends with the same file. Each method is tuned for each budget on sets of tasks that are not compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trajshift.utils.progress import Progress, duration
 
 FILE = "study.jsonl"
 _WIDEST = 12
-"""Thirds of a decade that meta_lr may lie from 1."""
+"""The most thirds of a decade between meta_lr and 1."""
 
 
 def run_study(out: Path, *, study: StudySettings | None = None) -> None:
@@ -37,16 +37,20 @@ def run_study(out: Path, *, study: StudySettings | None = None) -> None:
     began = time.monotonic()
     study = study or StudySettings()
     out.mkdir(parents=True, exist_ok=True)
-    print("study: about 20 minutes of one core's time, shared by the processes; it can be cut off and goes on")
+    print("study: about 20 minutes of one core's time, shared by the processes; to resume it, rerun the same command")
     pairs = {(m, limit_of(m, limit, study.settings)): None for limit in study.limits() for m in METHODS}
     total = 1 + len(pairs) * (1 + study.settings.sets)
     with Progress("study", total) as progress:
         saved = saved_rows(out / FILE)
         if saved and ("settings",) not in saved:
-            raise UsageError(f"{out / FILE} has no readable row of settings; delete it, or name another folder")
+            raise UsageError(
+                f"{out / FILE} has no readable row of settings; delete it, or name another folder with --out"
+            )
         first: Jobs = {("settings",): partial(_header, study)}
         if _complete(out / FILE, saved, first, 1, progress)["settings",] != _header(study):
-            raise UsageError(f"{out / FILE} is of a study with other settings; delete it, or name another folder")
+            raise UsageError(
+                f"{out / FILE} is from a study with other settings; delete it, or name another folder with --out"
+            )
         tunings: Jobs = {key_of("tuning", m, limit): partial(tune, m, limit, study) for m, limit in pairs}
         tuned = _complete(out / FILE, saved, tunings, study.settings.processes, progress)
         finals: Jobs = {}
@@ -78,7 +82,7 @@ def _header(study: StudySettings) -> Row:
 
 
 def tune(method: str, limit: Limit, study: StudySettings) -> Row:
-    """The best meta_lr of three a decade, by one rule: extended to the better side until the best lies inside.
+    """The best meta_lr of three a decade, by one rule: extended towards the better side until the best is inside.
 
     The score is the mean over tuning sets and starts of the final quality, where no start counts as worse than the
     worst point of the domain and one that overflows counts as that.

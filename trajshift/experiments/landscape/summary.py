@@ -1,6 +1,6 @@
-"""From the quality of single starts to one number per set of tasks, and from those to intervals and tests.
+"""Turns the quality of single starts into one number per set of tasks, and those into intervals and tests.
 
-A set of tasks is the unit: starts on the same tasks are no independent draws, so they are averaged first.
+A set of tasks is the unit: starts on the same tasks are not independent draws, so they are averaged first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The loop of the core for thousands of starting points at once.
+"""The loop of `MetaTrainer` for thousands of starting points at once.
 
-It resolves the core's presets and reads the core's meta-gradients; what it repeats is the loop and the carries, with N
-points beside each other where `MetaTrainer` has one phi. Tests compare the two.
+It uses the library's presets and meta-gradients and repeats only the loop and the carries, with N points side by side
+where `MetaTrainer` has one phi. Tests compare the two.
 
 Shapes: T tasks, N starts; `...` is empty, or `[S]` for stacked sets of tasks.
 """
@@ -37,13 +37,13 @@ OFFERED = (
     "fomaml++",
     "leap",
 )
-"""Presets that mean something in the plane."""
+"""Presets that make sense in the plane."""
 _ROW = Layout({"theta": torch.zeros(2, dtype=torch.float64)}).size
-"""P of a point in the core, padding included: its draws depend on it."""
+"""P of a point in `MetaTrainer`, padding included: its random draws depend on it."""
 
 
 class Update(NamedTuple):
-    """Where all starts stand after one meta-update."""
+    """All starts after one meta-update."""
 
     phi: Tensor
     """`[..., N, 2]`."""
@@ -86,10 +86,10 @@ def updates(
     metagrad_options: dict[str, Any] | None = None,
     **choices: Any,
 ) -> Iterator[Update]:
-    """The start, then every meta-update, one at a time. A start that overflows stays so and disturbs no other.
+    """The start, then every meta-update, one at a time. A start that overflows stays so and does not affect the others.
 
     Args:
-        method: one of `OFFERED`, or a `Method` of one's own.
+        method: one of `OFFERED`, or your own `Method`.
         starts: `[N, 2]`, or `[S, N, 2]` for stacked tasks.
         tasks: None for the published ones.
         horizon: K, inner steps between resets.
@@ -102,7 +102,7 @@ def updates(
         choices: `meta_every`, `carry`, `metagrad` and `batch` replace the preset's.
 
     Raises:
-        UsageError: whatever does not fit, in one sentence.
+        UsageError: an argument that does not fit, explained in one sentence.
     """
     chosen = _offered(method, horizon, choices)
     if rounds is not None and rounds < 1:
@@ -129,7 +129,7 @@ def _offered(method: str | Method, horizon: int, choices: dict[str, Any]) -> Res
     elif chosen.metagrad == "implicit":
         reason = "its conjugate gradients solve for one point at a time"
     if reason:
-        raise UsageError(f"method {chosen.name} is not offered here, {reason}; use one of {', '.join(OFFERED)}")
+        raise UsageError(f"method {chosen.name} is not available here: {reason}; use one of {', '.join(OFFERED)}")
     return chosen
 
 
@@ -219,7 +219,7 @@ class _Twin:
         self.metagrad.carried(_rows(self.theta))
 
     def _directions(self, horizon: int) -> Tensor:
-        """The core's own draws for a round: unit vectors `[K, 2, T, ..., 1]`, alike for all starts."""
+        """The draws of `MetaTrainer` for a round: unit vectors `[K, 2, T, ..., 1]`, the same for all starts."""
         steps = range(self.step + 1, self.step + horizon + 1)
         keys = [key(self.seed, name, "direction", step) for step in steps for name in self.landscape.names]
         towards = _normals(keys)
@@ -236,7 +236,7 @@ def _normals(keys: list[int]) -> Tensor:
 
 
 class _View:
-    """What the core's meta-gradients ask for: every task of every start is a row."""
+    """What the library's meta-gradients ask for: every task of every start is a row."""
 
     def __init__(self, twin: _Twin) -> None:
         self._twin = twin
@@ -258,7 +258,7 @@ class _View:
 
 
 def _rows(points: Tensor) -> Tensor:
-    """`[2, T, ..., N]` as the rows `[T * ... * N, 2]` of the core."""
+    """`[2, T, ..., N]` as the rows `[T * ... * N, 2]` of `MetaTrainer`."""
     return points.reshape(2, -1).T
 
 
@@ -271,7 +271,7 @@ class Fates(NamedTuple):
 
 
 class Watch:
-    """Follows phi over a run's meta-updates; tells which starts left the domain and which overflowed."""
+    """Follows phi over a run's meta-updates and records which starts left the domain and which overflowed."""
 
     def __init__(self) -> None:
         self.left = torch.zeros((), dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Chooses the engine. Each gives the numbers of the reference, `loop`.
 
 `loop` is the reference itself. `parallel` runs the tasks side by side in threads of one core each (CPU). `graph`
-replays whole steps as CUDA graphs. `auto` takes the fastest that can run what was asked for.
+replays whole steps as CUDA graphs. `auto` picks the fastest that can run what was asked for.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import torch
 
 from trajshift.errors import UsageError, nearest
 from trajshift.settings import ENGINES
-from trajshift.training.engines.cuda_graph import CudaRecorder, Graph, lanes_for
+from trajshift.training.engines.cuda_graph import Graph, lanes_for
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel
+from trajshift.training.engines.recorder import CudaRecorder
 from trajshift.training.step import MetaStep
 from trajshift.utils.cpu_memory import keep_memory
 
@@ -20,7 +21,7 @@ __all__ = ["Engine", "Graph", "Parallel", "choose_engine"]
 
 
 def choose_engine(engine: str | Engine, run: MetaStep) -> Engine:
-    """The engine for a run whose learners stand; `auto` never fails.
+    """The engine for a run whose learners have been built; `auto` never fails.
 
     Raises:
         UsageError: an unknown name, or an engine that cannot run this, with the reason.
@@ -39,7 +40,7 @@ def choose_engine(engine: str | Engine, run: MetaStep) -> Engine:
     if isinstance(found, Engine):
         return found
     if not auto:
-        raise UsageError(f"engine {engine} is not for this run: {found}; use engine=auto")
+        raise UsageError(f"engine {engine} cannot run this: {found}; use engine=auto")
     return Engine(why=found)
 
 

@@ -1,20 +1,18 @@
 """Whole steps as CUDA graphs: batches, all forward and backward passes, inner steps, the meta-update and the shift.
 
-A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step lies in
+A recorded step repeats kernels at fixed addresses with fixed arguments, so all that changes from step to step is in
 tensors on the device: a clock, and tables that are filled ahead for `AHEAD` steps at once.
 
-The loop's decisions (a meta-update or not, a carry or not) make three kinds of step. Each is taken once
-as it is, then recorded.
+The loop's decisions (a meta-update or not, a carry or not) make three kinds of step. Each is run once
+without recording, then recorded.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,106 +26,22 @@ from trajshift.learners.inner_optimizer import optimizer_for
 from trajshift.learners.learner import Learner
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
+from trajshift.training.engines.recorder import LANES, Body, Recorder
 from trajshift.training.meta_optimizer import PlainMetaStep
 from trajshift.training.step import MetaStep, Moment
 
 AHEAD = 128
 """Steps for which indices, augmentation and learning rates are put on the device at once."""
-LANES = 8
-"""Streams on which learners run side by side. On one H200 the paper's eight tasks take 21.2 ms on 8, 22.6 on 4, 40.6
-on one (results/speed)."""
 SMALL = 4_000_000
-"""Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they do. A larger one fills
-the device by itself, and every lane holds the activations of its own learner. Reasoned, not measured."""
+"""Bytes of a batch as stored (128 images of 3 x 84 x 84 pixels: 2.7 million) up to which they run side by side. A
+larger one fills the device by itself, and every lane keeps the activations of its own learner. An estimate, not
+measured."""
 _WARMUP = 3
-"""Steps taken without recording wherever addresses are new."""
-
-Body = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Records device work without doing it."""
-
-    lanes: int
-    """How many there are."""
-
-    def record(self, body: Body) -> Body:
-        """What does the work of `body` whenever called; `body` runs once, its work does not.
-
-        Raises:
-            RuntimeError: the body waits for the device, or does something else that cannot be recorded.
-        """
-        ...
-
-    def forget(self) -> None:
-        """All that was recorded is gone."""
-        ...
-
-    def warm(self) -> AbstractContextManager[None]:
-        """Surrounds a step that is not recorded."""
-        ...
-
-    def lane(self, number: int) -> AbstractContextManager[None]:
-        """Work inside may run beside that of other lanes."""
-        ...
-
-    def join(self) -> None:
-        """What follows waits for all lanes."""
-        ...
-
-
-class CudaRecorder:
-    """CUDA graphs that share one memory pool, over several streams."""
-
-    def __init__(self, device: torch.device, lanes: int = LANES) -> None:
-        self._device = device
-        self.forget()
-        self.lanes = lanes
-        self._lanes = [torch.cuda.Stream(device) for _ in range(lanes)]
-        self._used: set[int] = set()
-        self._capture = torch.cuda.Stream(device)
-
-    def record(self, body: Body) -> Body:
-        """As `Recorder`."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture):
-                body()
-        except RuntimeError:
-            torch.cuda.set_stream(stream)  # a recording that fails stays on its own
-            raise
-        return graph.replay
-
-    def forget(self) -> None:
-        """As `Recorder`; a pool of memory whose graphs are gone cannot be used again."""
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def warm(self) -> Iterator[None]:
-        """On the stream that will record, as its first use of libraries must not be recorded."""
-        self._capture.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._capture):
-            yield
-        torch.cuda.current_stream(self._device).wait_stream(self._capture)
-
-    @contextmanager
-    def lane(self, number: int) -> Iterator[None]:
-        """One of the streams."""
-        self._used.add(number)
-        stream = self._lanes[number]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            yield
-
-    def join(self) -> None:
-        """The current stream waits for the lanes used; one that is not part of the recording must not be waited for."""
-        for number in sorted(self._used):
-            torch.cuda.current_stream(self._device).wait_stream(self._lanes[number])
-        self._used.clear()
+"""Steps taken without recording whenever addresses have changed."""
 
 
 class Clock:
-    """Where the step stands, on the device.
+    """The position of the step in the schedule, on the device.
 
     Attributes:
         row: int64 `[1]`, the row of all tables that the step reads.
@@ -142,7 +56,7 @@ class Clock:
         self._rates = torch.zeros(AHEAD, dtype=torch.float32, device=device)
 
     def set(self, step: int, rates: list[float]) -> None:
-        """Puts the clock before scheduled step number `step` (from 0); `rates` are those of the table's steps."""
+        """Sets the clock to just before scheduled step number `step` (from 0); `rates` belong to the table's steps."""
         self.row.fill_(step % AHEAD)
         self.step.fill_(step)
         self._rates.copy_(torch.tensor(rates))
@@ -174,7 +88,7 @@ class Feed:
         self._draws = self._indices.new_zeros(AHEAD, 3, batches.batch_size) if random else None
         self._next = 0
         self._keys: list[tuple[int, int]] = []
-        """Of the augmentation from step `_next` on, as far as they were computed ahead."""
+        """Keys of the augmentation from step `_next` on, as far as they were computed ahead."""
 
     def fill(self, first: int) -> None:
         """Fills the tables for the steps from `first`, a multiple of `AHEAD`."""
@@ -189,7 +103,7 @@ class Feed:
             self._next, self._keys = first + AHEAD, []
 
     def look_ahead(self) -> None:
-        """Hashes the keys of one more step of the next tables: all at once would let the device wait 20 ms."""
+        """Hashes the keys of one more step of the next tables: doing all at once would make the device wait 20 ms."""
         if self._draws is not None and len(self._keys) < AHEAD:
             step = self._next + len(self._keys)
             self._keys.append(crop_keys(self._batches.augmentation_key("train", step)))
@@ -228,13 +142,13 @@ class Graph(Engine):
         """Why this run cannot be recorded, or None."""
         method, active = run.method, run.active
         if run.world.size > 1 or run.overlap:
-            return "several ranks talk between steps"
+            return "several ranks communicate between steps"
         if not run.meta_gradient.recordable:
-            return f"meta-gradient {method.metagrad} ({method.batch}) is not made of recorded steps alone"
+            return f"meta-gradient {method.metagrad} ({method.batch}) needs more than the recorded steps"
         if not run.carry.recordable:
             return f"carry {method.carry} is not the same work at every step"
         if run.observer is not None:
-            return "the approximation error is measured meanwhile"
+            return "the approximation error is measured between steps"
         if "optimizer" in run.renew or active.rows < len(active.local):
             return "each round has new learners"
         if run.inner.flat or not _reads_its_rate_on_the_device(run):
@@ -247,7 +161,7 @@ class Graph(Engine):
         return None
 
     def begin(self, run: MetaStep) -> None:
-        """Forgets what was recorded where a tensor lies elsewhere now."""
+        """Discards the recordings if a tensor has moved."""
         if self.name != "graph":
             return
         addresses = _addresses(run)
@@ -269,7 +183,7 @@ class Graph(Engine):
             return super().step(run)
         jumped = run.step != self._expected
         if jumped:
-            self.begin(run)  # a checkpoint may have put tensors elsewhere
+            self.begin(run)  # loading a checkpoint may have moved tensors
         if jumped or run.step % AHEAD == 0:
             self._fill(run)
         moment = run.moment(run.step)
@@ -320,8 +234,8 @@ class Graph(Engine):
     def _record(self, run: MetaStep, kind: tuple[bool, bool], body: Body) -> bool:
         """Records the step, or leaves the rest to the loop; a recording that failed has done nothing on the device.
 
-        What the failed step has computed goes with its traceback when this returns: the loop's steps are on another
-        stream, and must not meet nodes of autograd that are left of it.
+        What the failed step computed is freed with its traceback when this returns: the loop's steps run on another
+        stream and must not find autograd nodes left over from it.
         """
         try:
             self._steps[kind] = self._recorder.record(body)
@@ -367,7 +281,7 @@ def longest_first(costs: Sequence[float], lanes: int) -> list[tuple[int, int]]:
 
 
 def _cost(learner: Learner) -> float:
-    """Of an inner step, in units that all learners share: the pixels of its batch, or its bytes without images."""
+    """Cost of an inner step, in units that all learners share: the pixels of its batch, or its bytes without images."""
     shape, source = learner.task.input_shape, learner.batches.raw.source("train")
     assert isinstance(source, ArraySource)
     each = math.prod(shape[-2:]) if shape else source.bytes // len(source)
@@ -379,14 +293,14 @@ def _transform(transform: object) -> ImageTransform | None:
 
 
 def _reads_its_rate_on_the_device(run: MetaStep) -> bool:
-    """Whether the inner optimizer does, and the meta-optimizer needs none."""
+    """Whether the inner optimizer reads its rate on the device, and the meta-optimizer needs none."""
     trial = optimizer_for(run.inner, [torch.nn.Parameter(torch.zeros(1, device=run.device))])
     fused = isinstance(trial, torch.optim.SGD) and all(group["fused"] for group in trial.param_groups)
     return fused and (run.method.joint or isinstance(run.meta_optimizer, PlainMetaStep))
 
 
 def _addresses(run: MetaStep) -> tuple[int, ...]:
-    """Of all tensors that a recorded step uses."""
+    """Addresses of all tensors that a recorded step uses."""
     return tuple(tensor.data_ptr() for tensor in _state(run))
 
 

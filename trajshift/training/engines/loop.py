@@ -14,7 +14,7 @@ from trajshift.training.step import MetaStep, Moment
 
 
 class Engine:
-    """Runs the steps of a `MetaStep`; this one is the reference, whose numbers all others give.
+    """Runs the steps of a `MetaStep`; this one is the reference, and all others give the same numbers.
 
     Args:
         why: why no faster engine was chosen, for the user.
@@ -26,7 +26,7 @@ class Engine:
         self.why = why
 
     def begin(self, run: MetaStep) -> None:
-        """A round starts; its learners may be other ones than before."""
+        """A round starts; its learners may have changed."""
 
     def step(self, run: MetaStep) -> tuple[Tensor, bool]:
         """One inner step of all learners and what is due after it: losses `[T]`, whether phi moved."""

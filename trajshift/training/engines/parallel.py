@@ -1,7 +1,7 @@
 """Tasks side by side: each core runs whole learners, instead of all cores one operation of one learner.
 
-Learners share nothing within an inner step, so they need no thread of a team to wait for another, which a convolution
-split over two threads does. Every learner is computed by one thread whatever their number: the bits are those
+Learners share nothing within an inner step, so no thread has to wait for another, as it must when a convolution is
+split over two threads. Every learner is computed by one thread whatever their number: the bits are those
 of the loop with one thread.
 """
 
@@ -20,13 +20,13 @@ from trajshift.training.engines.loop import Engine, without_draws
 from trajshift.training.step import MetaStep, Moment
 
 _TRIAL = (2, 8)
-"""The steps on which both ways are tried, by turns; before them memory and caches warm up."""
+"""The steps on which both ways are tried in turn; before them memory and caches warm up."""
 
 
 class Parallel(Engine):
     """Runs the learners of a step in `threads` threads, if that is faster than one after another (same bits).
 
-    Python runs in one thread at a time, so for small models it is not; the first steps try both ways.
+    Python code runs in one thread at a time, so for small models it is not faster; the first steps try both ways.
     """
 
     name = "parallel"
@@ -41,7 +41,7 @@ class Parallel(Engine):
         self._last: dict[str, float] = {}
 
     def step(self, run: MetaStep) -> tuple[Tensor, bool]:
-        """As the loop, with one thread for each operation, or the bits would depend on the number of threads."""
+        """As the loop, with one thread for each operation; otherwise the bits would depend on the number of threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
