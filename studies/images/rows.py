@@ -18,7 +18,7 @@ from trajshift.errors import UsageError
 from trajshift.evaluation.comparison import Curve, Line, Summary
 from trajshift.evaluation.statistics import interval
 from trajshift.recipes.recipe import load
-from trajshift.runs.evaluation_rows import setting_of
+from trajshift.runs.collect_rows import setting_of
 from trajshift.utils.files import read_jsonl
 
 RESULTS = Path("results/images")

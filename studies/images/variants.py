@@ -23,7 +23,7 @@ from studies.command import new_app, run_app
 from trajshift import Event, Inner, MetaTrainer, UsageError
 from trajshift.errors import nearest
 from trajshift.learners.learner import Learner
-from trajshift.training.step import MetaStep, Moment
+from trajshift.training.meta_step import MetaStep, Moment
 
 COSINE = Inner(lr=1.0, schedule="cosine").lr_at
 """Falls from 1 to 0 as its argument rises from 0 to 1."""

@@ -23,7 +23,7 @@ from trajshift.evaluation.comparison import (
 )
 from trajshift.evaluation.evaluation_row import FINAL, INITIAL_WEIGHTS, SCRATCH, EvaluationRow, StartingPoint
 from trajshift.evaluation.statistics import compare, holm, interval, paired_test
-from trajshift.runs.evaluation_rows import read_evaluation
+from trajshift.runs.collect_rows import read_evaluation
 from trajshift.runs.labels import label_runs
 from trajshift.utils.files import append_row, read_jsonl
 

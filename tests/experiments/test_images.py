@@ -24,8 +24,8 @@ from trajshift.experiments.images.catalogue import EXPERIMENTS, SCALES
 from trajshift.experiments.images.run import experiment_jobs, run_published
 from trajshift.experiments.images.tuned_rates import read_tuned
 from trajshift.runs import worker
+from trajshift.runs.collect_rows import collect
 from trajshift.runs.directory import RunDirectory
-from trajshift.runs.evaluation_rows import collect
 from trajshift.runs.job import Job
 
 pytest.importorskip("datasets")

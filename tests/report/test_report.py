@@ -20,7 +20,7 @@ from trajshift.recipes.recipe import load, to_yaml
 from trajshift.report.figures import aligned, looks
 from trajshift.report.result_sections import verdict
 from trajshift.report.write_report import write_report
-from trajshift.runs.evaluation_rows import collect
+from trajshift.runs.collect_rows import collect
 from trajshift.utils.files import append_row, read_jsonl
 
 METHODS = {"trajectory-shifting": 0.74, "reptile": 0.70, "no-shifting": 0.699}

@@ -19,9 +19,9 @@ from trajshift.learners.initialization import Initialization
 from trajshift.recipes.build_tasks import build_tasks
 from trajshift.recipes.build_trainer import build_trainer, finetune_options, model_factory
 from trajshift.recipes.recipe import Recipe, load, to_yaml
-from trajshift.runs import evaluation_rows as saved
+from trajshift.runs import collect_rows as saved
+from trajshift.runs.collect_rows import collect
 from trajshift.runs.evaluate_runs import evaluate_runs
-from trajshift.runs.evaluation_rows import collect
 from trajshift.training import checkpoint
 
 RECIPE = """

@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.jobs import run_jobs_here
 from trajshift.errors import UsageError
-from trajshift.runs.evaluation_rows import read_evaluation
+from trajshift.runs.collect_rows import read_evaluation
 from trajshift.runs.job import Job
 from trajshift.runs.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
 from trajshift.task import Task

@@ -30,7 +30,7 @@ from trajshift.training.checkpoint import load, save
 from trajshift.training.engines import choose
 from trajshift.training.engines.cuda_graph import Graph
 from trajshift.training.engines.loop import Engine
-from trajshift.training.step import MetaStep
+from trajshift.training.meta_step import MetaStep
 
 every_preset = pytest.mark.parametrize("method", METHODS)
 Dropout = partial(ConvNet, dropout=0.4)

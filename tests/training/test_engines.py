@@ -19,7 +19,7 @@ from trajshift.data.augmentation import image_task
 from trajshift.models import build_model
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel
-from trajshift.training.step import MetaStep
+from trajshift.training.meta_step import MetaStep
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ def run_demo(output: Path, *, quick: bool = False) -> None:
     need_report_extra()
     from trajshift.evaluation.comparison import summary_tables
     from trajshift.report.write_report import write_report
-    from trajshift.runs.evaluation_rows import collect
+    from trajshift.runs.collect_rows import collect
 
     jobs = demo_jobs(output, quick=quick)
     first = jobs[0].recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load
-from trajshift.runs.evaluation_rows import distinct
+from trajshift.runs.collect_rows import distinct
 from trajshift.runs.labels import labels_of
 from trajshift.utils.files import read_jsonl
 

@@ -16,7 +16,7 @@ from trajshift.report.page import Page
 from trajshift.report.run_sections import cost_section, environment_section, explanation_section, recipes_section
 from trajshift.report.saved_runs import Run, load_runs, task_names
 from trajshift.report.training_sections import training_section
-from trajshift.runs.evaluation_rows import collect
+from trajshift.runs.collect_rows import collect
 from trajshift.utils.files import replace_file
 from trajshift.utils.imports import need_report_extra
 

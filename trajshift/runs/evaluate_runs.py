@@ -15,7 +15,7 @@ from trajshift.errors import UsageError, nearest
 from trajshift.evaluation.evaluate import ProgressCallback, finetuned_row
 from trajshift.evaluation.evaluation_row import EvaluationRow
 from trajshift.recipes.recipe import Recipe, load
-from trajshift.runs.evaluation_rows import append_evaluation, distinct, labelled, read_evaluation, setting_of
+from trajshift.runs.collect_rows import append_evaluation, distinct, labelled, read_evaluation, setting_of
 from trajshift.runs.labels import labels_of
 from trajshift.runs.starting_points import SavedStart, load_phi, starts_of
 

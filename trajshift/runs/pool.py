@@ -22,8 +22,8 @@ from typing import IO
 
 from trajshift.errors import UsageError
 from trajshift.recipes.sections import DataRecipe, TaskRecipe
+from trajshift.runs.collect_rows import FILE
 from trajshift.runs.directory import RunDirectory
-from trajshift.runs.evaluation_rows import FILE
 from trajshift.runs.job import Answer, Job
 from trajshift.runs.resume import with_threads
 from trajshift.utils.processes import cores, stop_on_signal

@@ -13,8 +13,8 @@ from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 from trajshift.recipes.recipe import Recipe, find, load, split_override
 from trajshift.recipes.yaml_text import parse_value
+from trajshift.runs.collect_rows import collect
 from trajshift.runs.directory import run_name
-from trajshift.runs.evaluation_rows import collect
 from trajshift.runs.job import Job
 from trajshift.runs.pool import run_jobs
 from trajshift.settings import at_least

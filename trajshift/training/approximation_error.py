@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.learners.learner import Learner
-from trajshift.training.step import MetaStep, Row
+from trajshift.training.meta_step import MetaStep, Row
 
 
 class ApproximationErrorMeter:

@@ -24,7 +24,7 @@ from torch import Tensor
 from trajshift.errors import UsageError
 from trajshift.training.approximation_error import joined
 from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders
-from trajshift.training.step import MetaStep
+from trajshift.training.meta_step import MetaStep
 from trajshift.utils.files import write_to_disk
 
 

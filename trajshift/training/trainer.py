@@ -1,6 +1,7 @@
 """What a user works with: a `MetaTrainer` built from options and tasks, iterated one inner step at a time.
 
-The step itself is `trajshift.training.step`. Shapes: T learners on this rank, P shared numbers each, padding included.
+The step itself is `trajshift.training.meta_step`. Shapes: T learners on this rank, P shared numbers each, padding
+included.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from trajshift.rng import repeatable
 from trajshift.settings import Execution, Inner, Meta, check_sections, refuse_unknown_arguments
 from trajshift.task import Task
 from trajshift.training.approximation_error import ApproximationErrorMeter, joined
-from trajshift.training.choices import (
+from trajshift.training.engines.choose import choose_engine
+from trajshift.training.meta_step import MetaStep
+from trajshift.training.resolve_options import (
     choose_autocast,
     choose_meta_optimizer,
     choose_method,
@@ -36,8 +39,6 @@ from trajshift.training.choices import (
     choose_renewals,
     choose_tasks,
 )
-from trajshift.training.engines.choose import choose_engine
-from trajshift.training.step import MetaStep
 
 
 @dataclass(frozen=True, slots=True)

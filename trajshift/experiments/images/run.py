@@ -10,7 +10,7 @@ from trajshift.experiments.images.catalogue import EXPERIMENTS, SCALES, Arms
 from trajshift.experiments.images.tuned_rates import Tuned, read_tuned
 from trajshift.recipes.recipe import Recipe, load, respelled, split_override
 from trajshift.report.terminal_summary import print_summary
-from trajshift.runs.evaluation_rows import collect
+from trajshift.runs.collect_rows import collect
 from trajshift.runs.job import Job
 from trajshift.runs.pool import run_jobs
 from trajshift.settings import at_least

@@ -14,7 +14,7 @@ from trajshift.training.engines.cuda_graph import Graph, lanes_for
 from trajshift.training.engines.loop import Engine
 from trajshift.training.engines.parallel import Parallel
 from trajshift.training.engines.recorder import CudaRecorder
-from trajshift.training.step import MetaStep
+from trajshift.training.meta_step import MetaStep
 from trajshift.utils.cpu_memory import keep_memory
 
 __all__ = ["Engine", "Graph", "Parallel", "choose_engine"]

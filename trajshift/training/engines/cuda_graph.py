@@ -28,7 +28,7 @@ from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
 from trajshift.training.engines.recorder import LANES, Body, Recorder
 from trajshift.training.meta_optimizer import PlainMetaStep
-from trajshift.training.step import MetaStep, Moment
+from trajshift.training.meta_step import MetaStep, Moment
 
 AHEAD = 128
 """Steps for which indices, augmentation and learning rates are put on the device at once."""

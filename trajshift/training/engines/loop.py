@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trajshift.errors import UsageError
 from trajshift.rng import generator_state
-from trajshift.training.step import MetaStep, Moment
+from trajshift.training.meta_step import MetaStep, Moment
 
 
 class Engine:

@@ -17,7 +17,7 @@ from trajshift.learners.learner import Learner
 from trajshift.rng import seed_generators
 from trajshift.task import Batch
 from trajshift.training.engines.loop import Engine, without_draws
-from trajshift.training.step import MetaStep, Moment
+from trajshift.training.meta_step import MetaStep, Moment
 
 _TRIAL = (2, 8)
 """The steps on which both ways are tried in turn; before them memory and caches warm up."""

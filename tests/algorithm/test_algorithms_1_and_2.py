@@ -1,4 +1,4 @@
-"""Every engine against `trajshift.algorithm.reference`: separate modules, torch.optim, no parameter matrix."""
+"""Every engine against `trajshift.algorithm.algorithms_1_and_2`: separate modules, torch.optim, no parameter matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.helpers.learners import ConvNet, SideBySide, everything, image_tasks, make
 from tests.helpers.recording import Recorder
 from trajshift import METHODS, Inner, MetaTrainer, Task
-from trajshift.algorithm.reference import (
+from trajshift.algorithm.algorithms_1_and_2 import (
     LocalLearner,
     Parameters,
     algorithm_1,
