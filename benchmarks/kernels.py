@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness import once
 from benchmarks.report import Claim, Report
-from trajshift.kernels.conv3x3 import convolution, weight_gradient
-from trajshift.kernels.flat_update import flat_update
-from trajshift.kernels.norm_relu import norm_relu
-from trajshift.kernels.switch import available, eager_kernels, fused_kernels
+from trajshift.models.kernels.conv3x3 import convolution, weight_gradient
+from trajshift.models.kernels.flat_update import flat_update
+from trajshift.models.kernels.norm_relu import norm_relu
+from trajshift.models.kernels.switch import available, eager_kernels, fused_kernels
 from trajshift.rng import repeatable
 from trajshift.utils.table import Table
 

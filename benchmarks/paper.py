@@ -15,7 +15,7 @@ from benchmarks.traffic import Work, count
 from benchmarks.workload import Workload, build_trainer, engine_of, random_images
 from trajshift import MetaTrainer, Task
 from trajshift.data.augmentation import image_task
-from trajshift.kernels.switch import EAGER
+from trajshift.models.kernels.switch import EAGER
 from trajshift.utils.table import Table
 
 STEPS = 200_000

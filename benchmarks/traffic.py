@@ -79,7 +79,7 @@ def launches() -> Iterator[list[int]]:
     noted: list[int] = []
     with ExitStack() as stack:
         for module, names in _KERNELS.items() if find_spec("triton") is not None else ():
-            kernels = import_module(f"trajshift.kernels.{module}")
+            kernels = import_module(f"trajshift.models.kernels.{module}")
             for name in names:
                 stack.enter_context(patch.object(kernels, name, _Counted(getattr(kernels, name), noted)))
         yield noted

@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trajshift.kernels import conv_kernels, flat_kernels, norm_kernels
-from trajshift.kernels.norm_relu import PARTIAL, TILE, WARPS
+from trajshift.models.kernels import conv_kernels, flat_kernels, norm_kernels
+from trajshift.models.kernels.norm_relu import PARTIAL, TILE, WARPS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOL = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -18,8 +18,8 @@ from tests.helpers.learners import assert_same, everything, run, same_bits
 from tests.helpers.options import build
 from trajshift import Inner, MetaTrainer, Task
 from trajshift.evaluation.finetuning import finetune
-from trajshift.kernels.switch import eager_kernels
 from trajshift.models import build_model
+from trajshift.models.kernels.switch import eager_kernels
 from trajshift.training.checkpoint import load, save
 from trajshift.utils.files import read_jsonl
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trajshift.algorithm.conjugate_gradient import hessian_product
 from trajshift.algorithm.protocols import Product
-from trajshift.kernels.switch import eager_kernels
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.learner import Learner
+from trajshift.models.kernels.switch import eager_kernels
 from trajshift.rng import seeded
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajshift.kernels.conv3x3 import conv3x3
-from trajshift.kernels.norm_relu import norm_relu
+from trajshift.models.kernels.conv3x3 import conv3x3
+from trajshift.models.kernels.norm_relu import norm_relu
 from trajshift.models.sizes import head, image_channels, init_convolutions, positive
 from trajshift.task import Task
 

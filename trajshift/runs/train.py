@@ -21,7 +21,7 @@ import torch
 from trajshift.data.loader import workers_alive
 from trajshift.distributed import World, set_threads
 from trajshift.errors import NonFiniteLoss, UsageError
-from trajshift.kernels.switch import EAGER
+from trajshift.models.kernels.switch import EAGER
 from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import Recipe
 from trajshift.runs.directory import RunDirectory

@@ -19,12 +19,12 @@ from trajshift.algorithm.meta_gradients import Displacement, MetaGradient
 from trajshift.algorithm.methods import ResolvedMethod
 from trajshift.algorithm.protocols import Product
 from trajshift.distributed import World
-from trajshift.kernels.flat_update import flat_update
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.extra_passes import ExtraPasses
 from trajshift.learners.initialization import Initialization
 from trajshift.learners.learner import Learner
 from trajshift.learners.parameter_matrix import Layout
+from trajshift.models.kernels.flat_update import flat_update
 from trajshift.settings import Inner
 from trajshift.task import Batch
 from trajshift.training.counters import Counters

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from trajshift.algorithm.methods import Method, ResolvedMethod
 from trajshift.distributed import World, set_threads
 from trajshift.errors import UsageError
-from trajshift.kernels.switch import EAGER, FUSED, fused_kernels, fused_on
 from trajshift.learners.active_learners import ActiveLearners
 from trajshift.learners.initialization import Initialization
 from trajshift.learners.inner_optimizer import optimizer_class
 from trajshift.learners.learner import Learner
 from trajshift.learners.modules import Factory
 from trajshift.learners.parameter_matrix import Layout
+from trajshift.models.kernels.switch import EAGER, FUSED, fused_kernels, fused_on
 from trajshift.rng import repeatable
 from trajshift.settings import Execution, Inner, Meta, check_sections, refuse_unknown_arguments
 from trajshift.task import Task

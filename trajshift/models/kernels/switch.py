@@ -66,7 +66,7 @@ def works(device: torch.device) -> bool:
         return False
     if device.type == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)):
         return False  # older GPUs have no bfloat16
-    from trajshift.kernels.probe import compiles
+    from trajshift.models.kernels.probe import compiles
 
     try:
         return compiles(device)
@@ -91,5 +91,5 @@ def no_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} was computed by a fused kernel, which has no second derivative; run the forward pass inside "
-            "trajshift.kernels.switch.eager_kernels()"
+            "trajshift.models.kernels.switch.eager_kernels()"
         )

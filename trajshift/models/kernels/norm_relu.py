@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajshift.kernels.switch import has_hooks, may_fuse, no_second_derivative
+from trajshift.models.kernels.switch import has_hooks, may_fuse, no_second_derivative
 
 _BLOCK = 4096
 TILE, PROGRAMS, WARPS = 4096, 256, 8
@@ -101,7 +101,7 @@ class _NormRelu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, bn: nn.BatchNorm2d
     ) -> Tensor:
-        from trajshift.kernels import norm_kernels as kernels
+        from trajshift.models.kernels import norm_kernels as kernels
 
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ class _NormRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        from trajshift.kernels import norm_kernels as kernels
+        from trajshift.models.kernels import norm_kernels as kernels
 
         no_second_derivative("BatchNorm with ReLU")
         x, out, bias, mean, scale, inverse = ctx.saved_tensors

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.kernels import DEVICE, FULL_SIZE, SLACK, distance
-from trajshift.kernels.norm_relu import norm_relu
-from trajshift.kernels.switch import eager_kernels
+from trajshift.models.kernels.norm_relu import norm_relu
+from trajshift.models.kernels.switch import eager_kernels
 
 CASES = list(product((16, 32, 64, 128), (False, True), (torch.float32, torch.bfloat16)))
 

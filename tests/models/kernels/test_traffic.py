@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.traffic import launches
 from tests.helpers.kernels import DEVICE
-from trajshift.kernels.norm_relu import norm_relu
+from trajshift.models.kernels.norm_relu import norm_relu
 
 
 def test_a_fused_batchnorm_moves_its_tensor_eight_times() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.helpers.kernels import DEVICE, distance
 from trajshift import models
-from trajshift.kernels.switch import eager_kernels, fused_kernels
+from trajshift.models.kernels.switch import eager_kernels, fused_kernels
 from trajshift.models.resnet import SmallResNet
 from trajshift.task import Task
 

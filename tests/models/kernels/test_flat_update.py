@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers.kernels import DEVICE, distance
 from trajshift.algorithm.meta_gradients import Displacement
-from trajshift.kernels.flat_update import flat_update
-from trajshift.kernels.switch import eager_kernels
+from trajshift.models.kernels.flat_update import flat_update
+from trajshift.models.kernels.switch import eager_kernels
 from trajshift.training.meta_optimizer import PlainMetaStep
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajshift.kernels.switch import has_hooks, may_fuse, no_second_derivative
+from trajshift.models.kernels.switch import has_hooks, may_fuse, no_second_derivative
 
 _CHANNELS = (16, 32)
 """Channels of the output; the input has as many, or at most 16. With more, cuDNN does well."""
@@ -72,7 +72,7 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
     Shapes: `[B, Cin, H, W]`, `[B, Cout, H, W]`. The order of all sums depends on the shapes alone.
     """
-    from trajshift.kernels import conv_kernels as kernels
+    from trajshift.models.kernels import conv_kernels as kernels
 
     images, cin, height, width = x.shape
     cout, pixels = gradient.shape[1], images * height * width
@@ -98,7 +98,7 @@ def convolution(x: Tensor, weight: Tensor, *, flip: bool = False) -> Tensor:
 
     Both channels-last; `weight` is `[16, C, 3, 3]` in the dtype of x.
     """
-    from trajshift.kernels import conv_kernels as kernels
+    from trajshift.models.kernels import conv_kernels as kernels
 
     images, channels, height, width = x.shape
     pixels, block = images * height * width, 128

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.kernels import DEVICE, FULL_SIZE, SLACK, distance
-from trajshift.kernels.conv3x3 import conv3x3, convolution, weight_gradient
-from trajshift.kernels.switch import eager_kernels
+from trajshift.models.kernels.conv3x3 import conv3x3, convolution, weight_gradient
+from trajshift.models.kernels.switch import eager_kernels
 
 LOW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 """The interpreter multiplies no matrices in bfloat16."""

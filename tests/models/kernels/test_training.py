@@ -8,7 +8,7 @@ from benchmarks.traffic import launches
 from tests.helpers.graphs import tasks
 from tests.helpers.kernels import DEVICE, distance
 from trajshift import Execution, Inner, MetaTrainer
-from trajshift.kernels.switch import eager_kernels
+from trajshift.models.kernels.switch import eager_kernels
 from trajshift.models.resnet import SmallResNet
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajshift.kernels.switch import may_fuse
+from trajshift.models.kernels.switch import may_fuse
 
 _BLOCK = 1024
 _MOST_ROWS = 32
@@ -43,7 +43,7 @@ def flat_update(
 
 
 def _fused(theta: Tensor, phi: Tensor, weights: Tensor, lr: float | Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    from trajshift.kernels import flat_kernels as kernels
+    from trajshift.models.kernels import flat_kernels as kernels
 
     rows, size = theta.shape
     programs = -(-size // _BLOCK)
