@@ -135,7 +135,7 @@ def test_what_is_passed_over_is_counted_by_reason(tmp_path: Path, capsys: pytest
     folder(root, {"extra/cat": 3})
     assert counts(load_hf(root)) == ({"cat": 4, "dog": 4}, {"cat": 4, "dog": 4})
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {root}: 71 entries are not used: 65 annotations (test/cat/0.csv, ")
+    assert line.startswith(f"warning: {root}: 72 entries are not used: 65 annotations (test/cat/0.csv, ")
     for part in (
         "1 hidden (train/cat/.DS_Store)",
         "1 no image that Pillow opens (train/cat/film.mp4)",

@@ -172,8 +172,8 @@ def open_image_folder(
         UsageError: another layout, fewer than two classes, a class that only the test split has, a file in two splits.
     """
     splits = _splits(walk, train, test)
-    share = isinstance(test, (int, float))
-    if share:
+    share = test if isinstance(test, (int, float)) else None
+    if share is not None:
         _read_once(walk, splits[train])
     class_names = tuple(splits[train])
     whole = walk.root.folders.get("train")
@@ -193,8 +193,8 @@ def open_image_folder(
         targets = torch.tensor([numbers[name] for name, own in classes.items() for _ in own])
         shape = opened["train"].shape[0] if role == "test" else channels
         opened[role] = FolderImages(f"{what}, split {split!r}", walk.folder, files, targets, size, shape)
-    if share:
-        opened = divided(opened["train"], float(test or 0))
+    if share is not None:
+        opened = divided(opened["train"], share)
         check_test_classes(opened, class_names)
     notes = walk.notes()
     if "test" in opened:
