@@ -20,7 +20,7 @@ from tests.helpers.waiting import wait_until
 from trajshift.data import cache_writer
 from trajshift.data.cache_reader import open_cache
 from trajshift.data.cache_writer import prepare_cache
-from trajshift.data.huggingface import DecodedImages
+from trajshift.data.decoded_images import DecodedImages
 from trajshift.data.registry import find
 from trajshift.errors import UsageError
 

@@ -272,4 +272,4 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'trajshift\[data\]'"):
-        load_hf("mnist")
+        load_hf("ylecun/mnist")

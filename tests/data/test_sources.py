@@ -216,14 +216,116 @@ def test_labels_are_read_from_an_attribute_where_there_is_one() -> None:
     assert read is not None
     assert read.tolist() == [0, 1, 2, 0, 1, 2]
     assert pairs.reads == 6
-    pairs.targets = [0, 1, 2, 0, 1, 1]  # type: ignore[attr-defined]
+    pairs.targets = [0, 1, 2, 0, 1, 2]  # type: ignore[attr-defined]
     known = labels_of(as_source(Subset(pairs, [5, 0])))
     assert known is not None
-    assert known.tolist() == [1, 0]
-    assert pairs.reads == 6
+    assert known.tolist() == [2, 0]
     by_name = labels_of(as_source({"x": torch.ones(3), "labels": torch.tensor([2, 1, 0])}))
     assert by_name is not None
     assert by_name.tolist() == [2, 1, 0]
+
+
+class Many(Dataset[tuple[torch.Tensor, int]]):
+    """Examples with these labels and attributes, and the number of reads."""
+
+    def __init__(self, truth: list[int], **attributes: Any) -> None:
+        self.truth, self.reads = truth, 0
+        self.__dict__.update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        return torch.zeros(2), self.truth[index]
+
+
+TRUTH = [0, 0, 1, 2] * 500
+
+
+def test_a_right_list_of_labels_is_used_without_reading_all() -> None:
+    for listed in (TRUTH, np.array(TRUTH)[:, None], torch.tensor(TRUTH, dtype=torch.int16), np.array(TRUTH, ">i4")):
+        data = Many(TRUTH, targets=listed)
+        labels = labels_of(as_source(data))
+        assert labels is not None
+        assert labels.tolist() == TRUTH
+        assert data.reads < 50
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"targets": sorted(TRUTH)},  # reordered
+        {"targets": [1, 0, 2] * 600 + [0] * 200},
+        {"targets": TRUTH[:-1]},  # filtered
+        {"targets": [{2: 1}.get(label, label) for label in TRUTH]},  # classes joined
+        {"targets": [*TRUTH[:-1], 5]},
+        {"labels": ["cat", "dog", "owl"]},
+        {"labels": ["cat"] * 2000},
+        {"y": np.zeros((2000, 3))},
+        {"targets": lambda: TRUTH},
+        {"targets": [[0], [1, 2]]},
+        {"y": None, "labels": sorted(TRUTH), "targets": TRUTH},
+    ],
+)
+def test_a_wrong_list_of_labels_is_not_believed(attributes: dict[str, Any]) -> None:
+    data = Many(TRUTH, **attributes)
+    labels = labels_of(as_source(data))
+    assert labels is not None
+    assert labels.tolist() == TRUTH
+    chosen = class_balanced_subset(as_source(data), 9, key=7)
+    assert np.bincount([data[int(number)][1] for number in chosen]).tolist() == [3, 3, 3]
+
+
+def test_a_list_whose_property_fails_is_not_used() -> None:
+    class Failing(Many):
+        @property
+        def targets(self) -> Any:
+            raise RuntimeError("not downloaded")
+
+    labels = labels_of(as_source(Failing(TRUTH[:20])))
+    assert labels is not None
+    assert labels.tolist() == TRUTH[:20]
+
+
+def test_labels_of_examples_in_another_form_are_compared_too() -> None:
+    class Records(Many):
+        def __getitem__(self, index: int) -> Any:
+            self.reads += 1
+            return {"image": torch.zeros(2), "fine_label": self.truth[index], "id": index}
+
+    right, wrong = Records(TRUTH, targets=TRUTH), Records(TRUTH, targets=sorted(TRUTH))
+    labels = labels_of(as_source(right))
+    assert labels is not None
+    assert labels.tolist() == TRUTH
+    assert labels_of(as_source(wrong)) is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "uint16", "uint32", "uint64", ">i4", ">u2", "bool"])
+@pytest.mark.parametrize("form", ["arrays", "examples"])
+def test_labels_of_any_integer_type_train(kind: str, form: str) -> None:
+    x, truth = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), np.array([0, 1, 1, 0, 1, 0])
+    labels = truth.astype(kind)
+    source = as_source((x, labels) if form == "arrays" else list(zip(x, labels, strict=True)))
+    batch = source.fetch(torch.tensor([5, 1]))
+    assert batch[1].dtype == torch.int64
+    assert batch[1].tolist() == [0, 1]
+    torch.nn.functional.cross_entropy(batch[0][:, :2], batch[1])
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint32", ">f4", ">i2", "float64"])
+def test_arrays_of_any_number_type_and_stride(kind: str) -> None:
+    values = np.arange(24).reshape(6, 4).astype(kind)
+    for array in (values, values[::-1], values[:, ::-1], values.T):
+        y = np.arange(len(array))
+        for source in (as_source((array, y)), as_source(list(zip(array, y, strict=True)))):
+            x, _ = source.fetch(torch.tensor([2, 0]))
+            assert x.tolist() == array[[2, 0]].tolist()
+
+
+def test_arrays_that_are_no_numbers_are_named() -> None:
+    with pytest.raises(UsageError, match="the source has an array of dtype <U3; use numbers, for labels class numbers"):
+        as_source((np.zeros((2, 3)), np.array(["cat", "dog"])))
 
 
 # -- preparation -----------------------------------------------------------------------------------------------
@@ -315,7 +417,21 @@ def test_npz_of_grey_images_without_names(tmp_path: Path) -> None:
 
 MALFORMED = {
     "missing key": ({"y_test": None}, "array 'y_test' is missing; the file has x_train"),
-    "float images": ({"x_train": arrays()["x_train"] / 255.0}, "x_train has dtype float64; use uint8"),
+    "float images": (
+        {"x_train": arrays()["x_train"] / 255.0},
+        "dtype float64 with values from .* use uint8",
+    ),
+    "float images to 255": (
+        {"x_train": arrays()["x_train"].astype(np.float32)},
+        r"dtype float32 with values from \d+ to 25\d; use uint8, 0 to 255: x\.round",
+    ),
+    "signed images": ({"x_train": arrays()["x_train"] - 128.0}, "from -1.* use uint8, 0 to 255 .scale them first"),
+    "RGBA first": ({"x_train": np.ones((7, 4, 6, 6), np.uint8)}, r"channels first; use \[N, H, W, C\] without the"),
+    "from 1": ({"y_train": np.array([1, 2, 3, 1, 2, 3, 1])}, "y_train run from 1 to 3, .* 0 to 2; subtract 1 from all"),
+    "test class without training": ({"y_train": np.array([0, 1, 1, 0, 1, 0, 0])}, "class 'c' has 1 test images but no"),
+    "one name": ({"class_names": np.array("cat")}, r"class_names has shape \[\] and dtype <U3; use a list"),
+    "names in two dimensions": ({"class_names": np.array([["a", "b", "c"]])}, r"class_names has shape \[1, 3\]"),
+    "a name twice": ({"class_names": np.array(["a", "b", "a"])}, "class_names has 'a' twice"),
     "float labels": ({"y_test": np.ones(3)}, "y_test has dtype float64; use int64"),
     "shape of images": ({"x_test": np.ones((3, 6), dtype=np.uint8)}, r"x_test has shape \[3, 6\]"),
     "channels first": (
@@ -336,6 +452,22 @@ MALFORMED = {
     ),
     "pickle": ({"class_names": np.array([["a"], [1, 2]], dtype=object)}, "not a readable .npz file"),
 }
+
+
+def test_npz_labels_from_1_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"y_train": np.array([1, 2, 3, 1, 2, 3, 1]), "y_test": np.array([1, 2, 3]), "class_names": None}
+    data = load_npz(saved(tmp_path, **labels))
+    assert data.outputs == 4
+    assert "labels in y_train run from 1 to 3 and none is 0; they are read as 4 classes" in capsys.readouterr().err
+    gap = {"y_train": np.array([0, 2, 2, 0, 4, 4, 4]), "y_test": np.array([0, 2, 4]), "class_names": None}
+    assert load_npz(saved(tmp_path, **gap)).outputs == 5
+    assert "2 of 5 classes have no training image (1, 3)" in capsys.readouterr().err
+    four = np.ones((7, 6, 6, 4), np.uint8)
+    load_npz(saved(tmp_path, x_train=four, x_test=four[:3]))
+    assert "read as 4 channels per image, all of which the model sees; if the fourth" in capsys.readouterr().err
+    load_npz(saved(tmp_path))
+    assert capsys.readouterr().err == ""
+    assert load_npz(saved(tmp_path, class_names=np.array([b"a", b"b", b"c"]))).class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("name", list(MALFORMED))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trajshift.data.huggingface import DecodedImages
+from trajshift.data.decoded_images import DecodedImages
 from trajshift.data.registry import DataSet, find
 
 

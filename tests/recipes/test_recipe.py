@@ -40,7 +40,31 @@ def recipe_file(tmp_path: Path) -> Path:
 def test_builtin_recipes_survive_being_printed(name: str, tmp_path: Path) -> None:
     recipe = load(name)
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
-    assert load(tmp_path / "again.yaml") == recipe
+    again = load(tmp_path / "again.yaml")
+    assert again.data.root == str(tmp_path / recipe.data.root)
+    again.data.root = recipe.data.root
+    assert again == recipe
+
+
+def test_data_root_is_relative_to_the_file_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project" / "sub").mkdir(parents=True)
+    (tmp_path / "project" / "mine.yaml").write_text(SMALL + "data: {root: pictures}\n")
+    (tmp_path / "project" / "bare.yaml").write_text(SMALL)
+    (tmp_path / "project" / "elsewhere.yaml").write_text(SMALL + "data: {root: /srv/pictures}\n")
+    monkeypatch.chdir(tmp_path / "project" / "sub")
+    pictures = tmp_path / "project" / "pictures"
+    for where in ("../mine.yaml", tmp_path / "project" / "mine.yaml"):
+        assert Path(load(where).data.root).resolve() == pictures
+    assert Path(load("../bare.yaml").data.root).resolve() == tmp_path / "project"
+    assert load("../elsewhere.yaml").data.root == "/srv/pictures"
+    assert load("../mine.yaml", ["data.root=here"]).data.root == "here"  # the shell's own paths
+    assert load("small-images").data.root == "."
+    monkeypatch.chdir(tmp_path / "project")
+    assert load("mine.yaml").data.root == "pictures"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(SMALL)
+    assert load(run).data.root == "."  # a run of an old version, continued from where it was started
 
 
 def test_every_field_is_printed_and_documented() -> None:

@@ -7,7 +7,7 @@ depends on other tasks, on processes or on workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry
+from trajshift.data.augmentation import ImageTransform
+from trajshift.data.label_entries import label_entry
+from trajshift.data.sources import ArraySource, MappedSource, Source, as_source
 from trajshift.errors import UsageError
 from trajshift.rng import key, permutation, seeded_cpu_generators
 from trajshift.task import Batch, Task, move, untested
@@ -66,6 +68,8 @@ class RawBatches:
         self.batch_size = task.batch_size or batch_size
         # A custom loss may use labels as it likes, for instance -100 for "ignore".
         self._classes = task.outputs if task.kind == "classification" and task.loss is None else None
+        # The losses of both kinds take pairs; a transform of the user's may make them.
+        self._pairs = task.loss is None and (task.transform is None or isinstance(task.transform, ImageTransform))
         self._device = torch.device(device)
         self._sources = {"train": self._checked(task.train, "training")}
         if task.test is not None:
@@ -129,11 +133,31 @@ class RawBatches:
 
     def _checked(self, data: object, what: str) -> Source:
         source = as_source(data, what=f"the {what} set of task {self.name!r}")
+        if self._pairs and not isinstance(source, MappedSource):
+            self._check_pairs(source, what)
         if isinstance(source, ArraySource):
             self._check_labels(source.tree)
         if isinstance(source, MappedSource):
             self._check_labels((source, source.labels))
         return source
+
+    def _check_pairs(self, source: Source, what: str) -> None:
+        """Refuse examples that the loss cannot take apart."""
+        if isinstance(source, ArraySource):
+            batch = source.tree
+        else:
+            with seeded_cpu_generators(0):
+                batch = source.fetch(torch.tensor([0]))
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return
+        if isinstance(batch, Mapping):
+            form = f"mappings with {', '.join(map(repr, batch)) or 'nothing'}"
+        else:
+            form = f"{len(batch)} entries each" if isinstance(batch, (tuple, list)) else "a single entry each"
+        raise UsageError(
+            f"the {what} set of task {self.name!r} has examples that are {form}; give pairs (x, y), or give the task a"
+            " loss of its own, called as loss(module, batch)"
+        )
 
     def _check_labels(self, batch: Batch) -> None:
         labels = label_entry(batch)

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trajshift.data.cache_reader import MANIFEST, SPLITS, checksum, members_only, read_manifest
-from trajshift.data.huggingface import DecodedImages, OpenedImages, open_images, silenced
+from trajshift.data.decoded_images import DecodedImages, OpenedImages
+from trajshift.data.huggingface import open_images, silenced
 from trajshift.data.loader import workers_alive
 from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import shuffled_by_class
@@ -101,7 +102,7 @@ def open_entry(entry: DataSet, copy: str | Path | None = None) -> tuple[OpenedIm
     if entry.per_class is not None:
         counts = dict(zip(SPLITS, entry.per_class, strict=True))
         splits = {name: _few(images, counts[name], entry.name, name) for name, images in splits.items()}
-    return OpenedImages(splits, names), differing
+    return OpenedImages(splits, names, opened.notes), differing
 
 
 def _differences(entry: DataSet, opened: OpenedImages) -> list[str]:
@@ -153,6 +154,8 @@ def prepare_cache(
     if not folder.exists():
         with silenced(quiet):
             opened, differing = open_entry(entry, copy)
+        for sentence in () if quiet else opened.notes:
+            print(f"warning: {entry.name}: {sentence}", file=sys.stderr)
         for sentence in () if quiet else differing:
             print(f"warning: {entry.name}: {sentence}; the registered figures are not verified", file=sys.stderr)
         manifest = _describe(entry, opened, differing, copied=copy is not None)
@@ -221,6 +224,9 @@ def _begin(part: Path, manifest: Mapping[str, Any], opened: OpenedImages, source
         "source": source,
         "labels": {split: sha256(numbers.tobytes()).hexdigest() for split, numbers in labels.items()},
     }
+    listings = {split: images.listing for split, images in opened.splits.items() if images.listing is not None}
+    if listings:  # image files, whose order and number may have changed
+        plan["files"] = listings
     try:
         there = json.loads((part / PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

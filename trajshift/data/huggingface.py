@@ -6,29 +6,29 @@ image is decoded whenever it is fetched, best by the workers of a `PrefetchLoade
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EROFS
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from trajshift.data.resize import image_tensor, prepare_images
-from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes, shuffled_by_class
+from trajshift.data.decoded_images import DecodedImages, OpenedImages, check_test_classes, divided
+from trajshift.data.image_folder import TEST_SPLITS, Walk, open_image_folder
+from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes
 from trajshift.errors import UsageError, first_line, nearest
-from trajshift.rng import key
 
 MEMORY_BYTES = 2**30
 """A split whose prepared images take up to this much (bytes) is held in memory."""
 
-_TEST_SPLITS = ("test", "validation", "valid", "val")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""A repository on the hub; any other name is a local path."""
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -70,16 +70,9 @@ def load_hf(
         path_or_id, train=train, test=test, image=image, label=label, size=size, channels=channels, subset=subset,
         revision=revision,
     )  # fmt: skip
+    for sentence in opened.notes:
+        print(f"warning: {sentence}", file=sys.stderr)
     return image_data(opened, memory_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedImages:
-    """The splits of a data set, opened and checked; no image but the first is decoded yet."""
-
-    splits: dict[str, DecodedImages]
-    """`train` and, where the data set has such a split, `test`."""
-    class_names: tuple[str, ...]
 
 
 def open_images(
@@ -87,9 +80,18 @@ def open_images(
     size: int | None, channels: int | None, subset: str | None, revision: str | None,
 ) -> OpenedImages:  # fmt: skip
     """What `load_hf` loads, with its arguments and errors, before it is put into sources."""
+    notes: tuple[str, ...] = ()
+    folder = _folder(path_or_id)
+    if folder is not None:
+        walk = Walk(folder)
+        images_first = walk.root.with_images() or walk.root.images
+        if not walk.tables and (images_first or not _has_other_data(walk)):
+            return open_image_folder(walk, str(path_or_id), train=train, test=test, size=size, channels=channels)
+        if count := sum(1 for _ in walk.root.all_images()):
+            notes = (f"{walk.folder}: {count} image files are not used, because it has parquet or arrow files too",)
     splits = _open(path_or_id, subset, revision)
     if test == "auto":
-        test = next((name for name in _TEST_SPLITS if name in splits and name != train), None)
+        test = next((name for name in TEST_SPLITS if name in splits and name != train), None)
     training = _split(path_or_id, splits, train)
     image = _image_column(path_or_id, training, image)
     label = _label_column(path_or_id, training, label)
@@ -98,29 +100,28 @@ def open_images(
     def images(name: str, channels: int | None) -> DecodedImages:
         what, split = f"{path_or_id}, split {name!r}", _split(path_or_id, splits, name)
         labels = _numbers(what, split, label, number, class_names)
-        return DecodedImages(what, split, image, labels, size, channels)
+        return TableImages(what, split, image, labels, size, channels)
 
     opened = {"train": images(train, channels)}
     if isinstance(test, (int, float)):
-        opened = _divided(opened["train"], test)
+        opened = divided(opened["train"], test)
     elif test is not None:
         opened["test"] = images(test, opened["train"].shape[0])
-    return OpenedImages(opened, class_names)
+    check_test_classes(opened, class_names)
+    return OpenedImages(opened, class_names, notes)
 
 
-def _divided(images: DecodedImages, share: float) -> dict[str, DecodedImages]:
-    """Images of one split to train and to test on, `share` of each class for testing."""
-    classes = shuffled_by_class(images.targets, key("share for testing"))
-    held = [own[: round(share * len(own))] for own in classes] if 0 < share < 1 else []
-    if not any(map(len, held)):
-        raise UsageError(
-            f"{images.what}: test is {share}, which holds no image out; use a share such as 0.2, or a split"
-        )
-    places = {
-        "train": torch.cat([own[len(few) :] for own, few in zip(classes, held, strict=True)]).sort().values,
-        "test": torch.cat(held).sort().values,
-    }
-    return {name: images.select(chosen, images.targets[chosen]) for name, chosen in places.items()}
+def _folder(path_or_id: str | Path) -> Path | None:
+    """A local folder that was not saved by `datasets`; None for anything else."""
+    path = Path(path_or_id).expanduser()
+    saved = any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+    return path if path.is_dir() and not saved else None
+
+
+def _has_other_data(walk: Walk) -> bool:
+    """Whether a folder without images has files that `datasets` may read: archives, or lines of JSON or CSV."""
+    rows = (".csv", ".json", ".jsonl", ".tsv")
+    return walk.archives > 0 or any(path.lower().endswith(rows) for path in walk.passed.get("annotations", ()))
 
 
 @contextmanager
@@ -149,41 +150,20 @@ def hf_source(path_or_id: str | Path, split: str = "train", **options: Any) -> S
     return load_hf(path_or_id, train=split, test=None, **options).train
 
 
-class DecodedImages(Dataset[tuple[Tensor, int]]):
-    """Images of one split, decoded and brought to one shape when indexed, each with its class number."""
+class TableImages(DecodedImages):
+    """Images in a column of a split that `datasets` has opened."""
 
     def __init__(
         self, what: str, split: Any, column: str, targets: Tensor, size: int | None, channels: int | None
     ) -> None:
         if column not in split.column_names:
             raise UsageError(f"{what}: there is no column {column!r}{nearest(column, split.column_names)}")
-        self.what, self.targets = what, targets
-        self.numbers = torch.arange(len(targets))
-        self._column, self._size, self._channels = column, size, channels
+        self._column = column
         try:
             self._images = split.select_columns([column]).cast_column(column, _datasets().Image())
         except Exception as error:  # whatever Arrow says of numbers and the like
             raise UsageError(f"{what}: column {column!r} contains no images; set image to one that does") from error
-        self.shape = self._decode(0).shape
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        number = int(self.numbers[place])
-        image = self._decode(number)
-        if image.shape != self.shape:
-            raise UsageError(
-                f"{self.what}: image {number} has shape {list(image.shape)} but the first {list(self.shape)};"
-                " set size to resize all, and channels if some are grey"
-            )
-        return image, int(self.targets[place])
-
-    def select(self, places: Tensor, targets: Tensor) -> DecodedImages:
-        """Only the images at `places` (int64 `[n]`), with these class numbers."""
-        chosen = copy(self)
-        chosen.numbers, chosen.targets = self.numbers[places], targets
-        return chosen
+        super().__init__(what, targets, size, channels)
 
     @property
     def commit(self) -> str | None:
@@ -191,25 +171,13 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         found = re.search(r"@([0-9a-f]{40})/", " ".join(self._images.info.download_checksums or ()))
         return found and found[1]
 
-    def _decode(self, number: int) -> Tensor:
-        from PIL.Image import DecompressionBombError
+    def _image(self, number: int) -> Any:
+        return self._images[number][self._column]
 
-        try:
-            decoded = self._images[number][self._column]
-        # What Pillow raises for bytes that are not an image, or for one that is far too large.
-        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-            known = not type(error).__name__.startswith("Unidentified")  # else Pillow names an object in memory
-            reason = first_line(error) if known else "not a format that Pillow knows"
-            undecoded = self._images.cast_column(self._column, _datasets().Image(decode=False))
-            place = undecoded[number][self._column]["path"]
-            named = f"{place}: " if place else ""
-            raise UsageError(f"{self.what}: image {number} is broken ({named}{reason}); repair or drop it") from error
-        if decoded is None:
-            raise UsageError(f"{self.what}: image {number} is missing; drop the row")
-        try:
-            return prepare_images(image_tensor(decoded)[None], size=self._size, channels=self._channels)[0]
-        except UsageError as error:
-            raise UsageError(f"{self.what}: image {number}: {error}") from error
+    def _place(self, number: int) -> str | None:
+        undecoded = self._images.cast_column(self._column, _datasets().Image(decode=False))
+        place: str | None = undecoded[number][self._column]["path"]
+        return place
 
 
 def _source(images: DecodedImages, memory_bytes: int) -> Source:
@@ -233,14 +201,19 @@ def _datasets() -> Any:
 
 
 def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> Mapping[str, Any]:
-    datasets = _datasets()
     path, name = Path(path_or_id).expanduser(), str(path_or_id)
-    files = sorted(glob(str(path))) if name.endswith(".parquet") else []
-    if not files and not path.exists() and (name.endswith(".parquet") or name[0] in "./~" or name.count("/") > 1):
-        raise UsageError(f"{name}: no such file or folder; give a local path or a hub id")
+    files = _parquet_files(path)
+    if not files and not path.exists() and not is_hub_id(path_or_id):
+        raise UsageError(
+            f"{name}: no such file or folder ({os.path.abspath(path)}); give a path that exists, or a hub id of the"
+            " form owner/name"
+        )
+    if not files and path.is_file():
+        raise UsageError(f"{name} is a file, but not a parquet file; give a folder or parquet files")
+    datasets = _datasets()
     try:
         if files:
-            opened = datasets.load_dataset("parquet", data_files=files)
+            opened = datasets.load_dataset("parquet", data_files=[escape(file) for file in files])
         elif any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             opened = datasets.load_from_disk(str(path))
         elif path.is_dir():
@@ -260,9 +233,22 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
             broken = _unreadable(map(Path, files) if files else sorted(path.rglob("*.parquet")))
             remedy = f"repair {broken}" if broken else "check the files"
         else:
-            remedy = "it is not a file or folder here either; check the id and the connection"
+            remedy = f"there is no folder {os.path.abspath(path)} either; check the id and the connection"
         raise UsageError(f"{name} cannot be opened as a data set ({first_line(cause)}); {remedy}") from error
     return opened if isinstance(opened, dict) else {"train": opened}
+
+
+def is_hub_id(path_or_id: str | Path) -> bool:
+    """Whether a name that is no local path is looked up on the hub: `owner/name`; a name alone is only ever local."""
+    name = path_or_id if isinstance(path_or_id, str) else ""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".parquet")
+
+
+def _parquet_files(path: Path) -> list[str]:
+    """The parquet files that a path names, as it is written or as a pattern."""
+    if path.suffix != ".parquet" or path.is_dir():
+        return []
+    return [str(path)] if path.is_file() else sorted(glob(str(path)))
 
 
 def _cause(error: BaseException) -> BaseException:

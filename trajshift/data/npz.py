@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -26,11 +27,9 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
         UsageError: a file that is missing or not of this form; says which array and why.
     """
     arrays = _read_npz(Path(path))
-    names = arrays.get("class_names")
+    names = _checked_names(path, arrays)
     train_labels = _checked_labels(path, "y_train", arrays)
-    class_names = (
-        numbered_classes(int(train_labels.max()), f"{path}: y_train") if names is None else tuple(map(str, names))
-    )
+    class_names = numbered_classes(int(train_labels.max()), f"{path}: y_train") if names is None else names
     outputs = len(class_names)
     sources = {}
     for split in ("train", "test"):
@@ -39,10 +38,12 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
             raise UsageError(f"{path}: x_{split} has {len(x)} images but y_{split} {len(y)} labels; give one each")
         if not 0 <= int(y.min()) <= int(y.max()) < outputs:
             known = "y_train" if names is None else "class_names"
+            shift = "; subtract 1 from all" if y.min() == 1 and y.max() == outputs else ""
             raise UsageError(
                 f"{path}: labels in y_{split} run from {y.min()} to {y.max()}, but {known} has {outputs} classes;"
-                f" use 0 to {outputs - 1}"
+                f" use 0 to {outputs - 1}{shift}"
             )
+        _check_classes(path, class_names, train_labels, y, split)
         pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         images = prepare_images(pixels, size=size, channels=channels)
         sources[split] = ArraySource((images, torch.from_numpy(y)))
@@ -80,17 +81,82 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def _check_classes(
+    path: str | Path, class_names: tuple[str, ...], train_labels: np.ndarray, labels: np.ndarray, split: str
+) -> None:
+    """Report classes without a training image; refuse those that the test has images of."""
+    counts = np.bincount(train_labels, minlength=len(class_names))
+    empty = np.flatnonzero(counts == 0).tolist()
+    if split == "train" and counts[0] == 0 and counts[1:].all():
+        print(
+            f"warning: {path}: labels in y_train run from 1 to {train_labels.max()} and none is 0; they are read as"
+            f" {len(class_names)} classes, of which the first has no image; if classes are numbered from 1, subtract 1"
+            " from all labels",
+            file=sys.stderr,
+        )
+    elif split == "train" and empty:
+        some = ", ".join(class_names[number] for number in empty[:3]) + (", ..." if empty[3:] else "")
+        print(
+            f"warning: {path}: {len(empty)} of {len(class_names)} classes have no training image ({some})",
+            file=sys.stderr,
+        )
+    elif split == "test" and (absent := sorted(set(np.unique(labels).tolist()) & set(empty))):
+        raise UsageError(
+            f"{path}: class {class_names[absent[0]]!r} has {np.sum(labels == absent[0])} test images but no training image;"
+            " add training images of it, or remove its test images"
+        )
+
+
+def _checked_names(path: str | Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...] | None:
+    names = arrays.get("class_names")
+    if names is None:
+        return None
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise UsageError(
+            f"{path}: class_names has shape {list(names.shape)} and dtype {names.dtype}; use a list, one name per class"
+        )
+    entries = names.tolist()
+    texts = tuple(entry.decode("utf-8", "replace") if isinstance(entry, bytes) else str(entry) for entry in entries)
+    if len(set(texts)) < len(texts):
+        twice = next(name for number, name in enumerate(texts) if name in texts[:number])
+        raise UsageError(f"{path}: class_names has {twice!r} twice; give each class a name of its own")
+    return texts
+
+
 def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     images = arrays[name]
     if images.dtype != np.uint8:
-        raise UsageError(f"{path}: {name} has dtype {images.dtype}; use uint8, 0 to 255")
+        raise UsageError(f"{path}: {name} has dtype {images.dtype}{_remedy(images)}")
     if images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UsageError(f"{path}: {name} has shape {list(images.shape)}; use [N, H, W, C] or [N, H, W]")
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        raise UsageError(f"{path}: {name} has shape {list(images.shape)}, channels first; use [N, H, W, C]")
     if len(images) == 0:
         raise UsageError(f"{path}: {name} is empty; a split needs at least one image")
-    return images if images.ndim == 4 else images[..., None]
+    if images.ndim == 3:
+        return images[..., None]
+    if images.shape[3] not in (1, 3):
+        shape, first = list(images.shape), images.shape[1]
+        if first <= 4 and first < images.shape[3]:
+            alpha = " without the fourth channel, if that is alpha" if first == 4 else ""
+            raise UsageError(f"{path}: {name} has shape {shape}, channels first; use [N, H, W, C]{alpha}")
+        print(
+            f"warning: {path}: {name} has shape {shape}, which is read as {shape[3]} channels per image, all of which the"
+            " model sees; if the fourth is alpha (RGBA), drop it",
+            file=sys.stderr,
+        )
+    return images
+
+
+def _remedy(images: np.ndarray) -> str:
+    """What images of another type contain, and how they become uint8."""
+    if images.dtype.kind not in "fiub" or images.size == 0:
+        return "; use uint8, 0 to 255"
+    low, high = float(images.min()), float(images.max())
+    held = f" with values from {low:.4g} to {high:.4g}"
+    if images.dtype.kind in "fb" and 0 <= low <= high <= 1:
+        return f"{held}; use uint8, 0 to 255: (x * 255).round().astype('uint8')"
+    if 0 <= low <= high <= 255:
+        return f"{held}; use uint8, 0 to 255: x.round().astype('uint8')"
+    return f"{held}; use uint8, 0 to 255 (scale them first)"
 
 
 def _checked_labels(path: str | Path, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
+from trajshift.data.label_entries import integer_labels, label_entry, listed_labels, plain, with_long_labels
 from trajshift.data.resize import image_tensor
 from trajshift.errors import UsageError, first_line
 from trajshift.rng import permutation, seeded_cpu_generators
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 1_000_000
 """A larger class number is taken to be an identifier."""
-
-_LABEL_NAMES = ("y", "label", "labels", "targets")
 
 
 @runtime_checkable
@@ -58,8 +57,11 @@ class ArraySource:
     """
 
     def __init__(self, tree: Any, *, what: str = "the source") -> None:
-        self.tree = tree_map(_as_tensor, tree)
+        self.tree = with_long_labels(tree_map(plain, tree))
         leaves = tree_leaves(self.tree)
+        odd = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
+        if odd is not None:
+            raise UsageError(f"{what} has an array of dtype {odd.dtype}; use numbers, for labels class numbers from 0")
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
             raise UsageError(f"{what} must hold tensors whose first dimension counts the examples")
         lengths = sorted({len(leaf) for leaf in leaves})
@@ -116,8 +118,10 @@ class DatasetSource:
         """The collated examples `indices`, on the CPU."""
         numbers: list[int] = indices.tolist()
         if callable(getattr(self.dataset, "__getitems__", None)):
-            return self.collate(self.dataset.__getitems__(numbers))
-        return self.collate([self.dataset[number] for number in numbers])
+            examples = self.dataset.__getitems__(numbers)
+        else:
+            examples = [self.dataset[number] for number in numbers]
+        return with_long_labels(self.collate(examples))
 
     def to(self, device: torch.device | str) -> DatasetSource:
         """Itself: its examples are made on the CPU."""
@@ -254,54 +258,25 @@ def shuffled_by_class(labels: Tensor, key: int) -> tuple[Tensor, ...]:
 def labels_of(source: Source) -> Tensor | None:
     """The class of every example, int64 `[N]` on the CPU; None where examples carry no integer label.
 
-    Looked for as the second of two entries, or under `y`, `label`, `labels` or `targets`. A data set that has
-    no such attribute or column is read through once.
+    Looked for as the second of two entries, or under `y`, `label`, `labels` or `targets`. An attribute or column of
+    that name is used if it agrees with examples of the data set; otherwise the data set is read through once.
     """
     if isinstance(source, SubsetSource):
         labels = labels_of(source.source)
         return None if labels is None else labels[source.indices]
     if isinstance(source, ArraySource):
-        return _integer_labels(label_entry(source.tree))
+        return integer_labels(label_entry(source.tree))
     if isinstance(source, MappedSource):
         return source.labels
-    if isinstance(source, DatasetSource):
-        column = _label_column(source.dataset)
-        if column is not None:
-            return _integer_labels(torch.as_tensor(column))
     with seeded_cpu_generators(0):
+        if isinstance(source, DatasetSource):
+            listed = listed_labels(source.dataset, lambda number: source.fetch(torch.tensor([number])))
+            if listed is not None:
+                return listed
         entries = [label_entry(source.fetch(torch.tensor([number]))) for number in range(len(source))]
     if not all(isinstance(entry, Tensor) and len(entry) == 1 for entry in entries):
         return None
-    return _integer_labels(torch.cat(entries))
-
-
-def label_entry(batch: Batch) -> Any:
-    """The labels in a batch: the second of two entries, or what is under a usual name; None if neither."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[1]
-    if isinstance(batch, Mapping):
-        return next((batch[name] for name in _LABEL_NAMES if name in batch), None)
-    return None
-
-
-def _integer_labels(labels: Any) -> Tensor | None:
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        return None
-    return labels.to("cpu", torch.int64)
-
-
-def _label_column(dataset: Any) -> Any:
-    if isinstance(dataset, Subset):
-        column = _label_column(dataset.dataset)
-        return None if column is None else torch.as_tensor(column)[torch.as_tensor(dataset.indices)]
-    if hasattr(dataset, "column_names"):  # Hugging Face: reads only the column, decodes no image
-        name = next((name for name in _LABEL_NAMES if name in dataset.column_names), None)
-        return None if name is None else dataset.select_columns([name])[:][name]
-    return next((getattr(dataset, name) for name in _LABEL_NAMES if hasattr(dataset, name)), None)
-
-
-def _as_tensor(leaf: Any) -> Any:
-    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype != object else leaf
+    return integer_labels(torch.cat(entries))
 
 
 def stack_examples(examples: list[Any]) -> Batch:
@@ -311,11 +286,15 @@ def stack_examples(examples: list[Any]) -> Batch:
         UsageError: examples that do not stack into tensors, for instance images of different sizes.
     """
     pillow = sys.modules.get("PIL.Image")
-    if pillow is not None:
-        examples = tree_map(lambda leaf: image_tensor(leaf) if isinstance(leaf, pillow.Image) else leaf, examples)
+
+    def tensor(leaf: Any) -> Any:
+        return image_tensor(leaf) if pillow is not None and isinstance(leaf, pillow.Image) else plain(leaf)
+
     try:
-        return default_collate(examples)
-    except (RuntimeError, TypeError) as error:
+        return tree_map(plain, default_collate(tree_map(tensor, examples)))
+    except UsageError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise UsageError(
             f"examples do not stack into a batch ({first_line(error)}); give all the same shape"
         ) from error

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from glob import glob
+from glob import escape
 from pathlib import Path
 
 from trajshift.data.augmentation import image_task
@@ -107,17 +108,36 @@ def _digits(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageD
 def _hf(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
     from trajshift.data.huggingface import load_hf
 
-    local = Path(data.root).expanduser() / place
     known = [
         field for field in inspect.signature(load_hf).parameters if field not in ("path_or_id", "size", "channels")
     ]
     for option in task.options:
         if option not in known:
             raise UsageError(f"task {name!r}: hf sources have no option {option!r}{nearest(option, known)}")
-    # A pattern such as train-*.parquet exists if it matches a file.
     return load_hf(
-        local if local.exists() or glob(str(local)) else place, size=task.size, channels=task.channels, **task.options
+        _hf_place(name, place, Path(data.root).expanduser()), size=task.size, channels=task.channels, **task.options
     )
+
+
+def _hf_place(name: str, place: str, root: Path) -> Path | str:
+    """A local path, or a hub id where nothing local has that name.
+
+    Raises:
+        UsageError: a hub id that the library would take for a folder of the working directory.
+    """
+    from trajshift.data.huggingface import is_hub_id
+
+    local = root / Path(place).expanduser()
+    if local.exists() or not is_hub_id(place):
+        # Only the place may be a pattern, such as train-*.parquet.
+        return local if local.exists() else Path(escape(str(root))) / Path(place).expanduser()
+    if Path(place).exists():
+        raise UsageError(
+            f"task {name!r}: there is no {os.path.abspath(local)}, but {place} is a folder of the current directory,"
+            " which is not data.root; set data.root"
+        )
+    print(f"task {name!r}: there is no {os.path.abspath(local)}; looking up {place} on the hub", file=sys.stderr)
+    return place
 
 
 def _cache(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
@@ -133,6 +153,8 @@ def _hub(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData
     copy = options.pop("from", None)
     root = Path(data.root).expanduser()
     opened, differing = open_entry(overridden(find(place), options), None if copy is None else root / str(copy))
+    for sentence in opened.notes:
+        print(f"warning: task {name!r}: {sentence}", file=sys.stderr)
     for sentence in differing:
         print(f"warning: task {name!r}: {sentence}; the registered figures are not verified", file=sys.stderr)
     return image_data(opened)

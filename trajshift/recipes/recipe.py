@@ -190,6 +190,8 @@ def builtin_names() -> list[str]:
 def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a file, in a run directory or built in by name, with `key.path=value` overrides applied.
 
+    A relative `data.root` in a file is looked up beside that file, one in an override in the working directory.
+
     Raises:
         UsageError: a missing or malformed file, an unknown field, or an impossible value.
     """
@@ -206,7 +208,12 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     refuse_two_names((text.partition("=")[0], parse_value(value)) for text, _, value in given)
     for text, path, value in given:
         _override(data, full_path(path), parse_value(value), text)
-    return validate(data, where.name)
+    loaded = validate(data, where.name)
+    on_command_line = any(text.partition("=")[0] in ("data", "data.root") for text, _, _ in given)
+    if not on_command_line and not Path(recipe).is_dir() and where.resolve().parent != FOLDER.resolve():
+        # Built-in recipes and overrides mean the working directory; a run's recipe has an absolute path.
+        loaded.data.root = str(where.parent / Path(loaded.data.root).expanduser())
+    return loaded
 
 
 def find(recipe: str | Path) -> Path:

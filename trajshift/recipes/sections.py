@@ -42,7 +42,8 @@ class DataRecipe:
     __pydantic_config__ = FORBID_UNKNOWN
 
     root: str = "."
-    """Folder that caches and relative files of `npz:` and local `hf:` sources are looked up in."""
+    """Folder that caches and relative files of `npz:` and local `hf:` sources are looked up in; itself relative to the
+    recipe's file, in an override and in a built-in recipe to the working directory."""
 
     size: int | None = None
     """Height and width in pixels to which images are resized once; null keeps each source's own size."""
