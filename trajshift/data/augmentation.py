@@ -57,6 +57,9 @@ class ImageTransform:
         UsageError: a negative padding or a std of zero; at a call, images of another shape than these.
     """
 
+    draws_by_key = True
+    """It draws from no global generator, so none has to be seeded for it."""
+
     def __init__(
         self,
         crop_padding: int = 0,

@@ -8,6 +8,7 @@ depends on other tasks, on processes or on workers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import NoneType
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry
 from trajshift.errors import UsageError
 from trajshift.rng import key, permutation, seeded_cpu_generators
+from trajshift.rng import seeded as seeded_generators
 from trajshift.task import Batch, Task, move, untested
 
 DEVICE_BYTES = 2 * 2**30
@@ -231,9 +233,12 @@ class TaskBatches:
         """Numbers of the examples in batch `step` (0 first), int64 `[batch_size]`, into the task's source."""
         return self.raw.indices(step, split, self.batch_size)
 
-    def train(self, step: int) -> Batch:
-        """Training batch number `step` (0 first), augmented."""
-        return self._ready("train", step)
+    def train(self, step: int, *, seeded: bool = True) -> Batch:
+        """Training batch number `step` (0 first), augmented.
+
+        `seeded` False leaves the global generators to the caller: for engines that run tasks at the same time.
+        """
+        return self._ready("train", step, seeded)
 
     def heldout(self, step: int) -> Batch:
         """Batch number `step` of the held-out examples, augmented as training batches are.
@@ -254,21 +259,25 @@ class TaskBatches:
         count = -(-self.raw.size("test") // batch_size)
         requests = [Request(self.name, "test", step, batch_size) for step in range(count)]
         fetched = map(self.raw.fetch, requests) if self.stream is None else self.stream.run(requests)
-        return (self._finish(batch, None) for batch in fetched)
+        return (self._finish(batch, None, self.augmentation_key("test", step)) for step, batch in enumerate(fetched))
 
-    def _ready(self, split: str, step: int) -> Batch:
+    def _ready(self, split: str, step: int, seeded: bool = True) -> Batch:
         request = Request(self.name, split, step, self.batch_size)
         batch = self.raw.fetch(request) if self.stream is None else self.stream.take(request)
-        return self._finish(batch, self.augmentation_key(split, step))
+        draw = self.augmentation_key(split, step)
+        return self._finish(batch, draw, draw if seeded else None)
 
     def augmentation_key(self, split: str, step: int) -> int:
         """The draw behind the augmentation of a batch."""
         return key(self.seed, self.name, "augment", split, step)
 
-    def _finish(self, batch: Batch, draw: int | None) -> Batch:
+    def _finish(self, batch: Batch, draw: int | None, seed: int | None = None) -> Batch:
         batch = move(batch, self.device)
         if self._transform is not None:
-            batch = self._transform(batch, draw)
+            # A transform of ours draws by its key alone; a user's may draw from torch, numpy or random.
+            own = seed is None or getattr(self._transform, "draws_by_key", False)
+            with nullcontext() if own else seeded_generators(seed or 0, self.device):
+                batch = self._transform(batch, draw)
         return self.cast(batch)
 
     def cast(self, batch: Batch) -> Batch:
