@@ -1,4 +1,4 @@
-"""Draws from the global generators of torch, numpy and `random` are those of the seed, and the user's stay as they were."""
+"""Draws from torch, numpy and `random` are those of the seed, and the user's generators stay as they were."""
 
 from __future__ import annotations
 
@@ -100,14 +100,16 @@ def test_a_transform_that_draws_sees_the_same_batch_in_an_extra_pass() -> None:
     trainer.advance()
     batches = trainer.learners[0].batches
     first, again, other = (batches.train(step)[0] for step in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(("model", "more"), [(NumpyDrop, {}), (RandomDrop, {}), (Net, {"transform": noise})])
 def test_auto_runs_tasks_that_draw_one_after_another(model: Any, more: dict[str, Any], two_threads: None) -> None:
     tasks = [Task(name=t.name, train=t.train, outputs=3, input_shape=(8,), **more) for t in TASKS]
     auto, loop = (train(model, tasks, execution=Execution(engine=name)) for name in ("auto", "loop"))
-    assert auto.engine.name == "loop" and "draws random numbers" in auto.engine.why
+    assert auto.engine.name == "loop"
+    assert "draws random numbers" in auto.engine.why
     assert losses(auto) == losses(loop)
 
 
@@ -132,7 +134,8 @@ class InBackward(Net):
 @pytest.mark.parametrize("model", [OnlyWithGradients, InBackward])
 def test_the_trial_for_draws_runs_as_training_does(model: Any, two_threads: None) -> None:
     auto, loop = (train(model, execution=Execution(engine=name)) for name in ("auto", "loop"))
-    assert auto.engine.name == "loop" and "draws random numbers" in auto.engine.why
+    assert auto.engine.name == "loop"
+    assert "draws random numbers" in auto.engine.why
     assert losses(auto) == losses(loop)
 
 

@@ -110,14 +110,16 @@ def test_a_frozen_stem_has_the_published_weights_everywhere(published: dict[str,
     assert all(torch.equal(weight, want) for weight in of_each(trainer, "stem.weight"))
     assert torch.equal(trainer.initialization["stem.weight"], want)
     tuned = finetune(published, TASKS[0], model=Stem, steps=3, batch_size=8, seed=8)
-    assert torch.equal(tuned.module.get_parameter("stem.weight"), want) and "stem.weight" in tuned.started_from
+    assert torch.equal(tuned.module.get_parameter("stem.weight"), want)
+    assert "stem.weight" in tuned.started_from
     assert torch.equal(load_start(tuned.save(tmp_path / "tuned.safetensors"))["stem.weight"], want)
     # from the saved phi, without the published file
     file = trainer.initialization.save(tmp_path / "phi.safetensors")
     again = finetune(load_initialization(file), make_task("c", 9), model=Stem, steps=1, batch_size=8, seed=11)
     assert torch.equal(again.module.get_parameter("stem.weight"), want)
     module = Stem(TASKS[0])
-    assert load_initialization(file, module).matched and torch.equal(module.stem.weight, want)
+    assert load_initialization(file, module).matched
+    assert torch.equal(module.stem.weight, want)
 
 
 def test_a_frozen_parameter_of_another_shape_is_refused_by_name(published: dict[str, Tensor]) -> None:
@@ -137,7 +139,8 @@ def test_random_features_are_one_draw_for_all_tasks_and_for_fine_tuning(buffer: 
     trainer = train(model, [make_task("a", 1, 3), make_task("b", 2, 5)])
     losses(trainer)
     first, second = (learner.module.state_dict()["b"] for learner in trainer.learners)
-    assert torch.equal(first, second) and first.std() > 0.5
+    assert torch.equal(first, second)
+    assert first.std() > 0.5
     phi = load_initialization(trainer.initialization.save(tmp_path / "phi.safetensors"))
     for seed in (3, 4):
         tuned = finetune(phi, make_task("c", 7, 4), model=model, steps=2, batch_size=8, seed=seed)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from trajshift.data.sources import ArraySource, MappedSource, Source, as_source, label_entry
 from trajshift.errors import UsageError
+from trajshift.losses import check_values
 from trajshift.rng import key, permutation, seeded_cpu_generators
 from trajshift.rng import seeded as seeded_generators
 from trajshift.task import Batch, Task, move, untested
@@ -68,6 +69,7 @@ class RawBatches:
         self.batch_size = task.batch_size or batch_size
         # A custom loss may use labels as it likes, for instance -100 for "ignore".
         self._classes = task.outputs if task.kind == "classification" and task.loss is None else None
+        self._kind, self._outputs = (None if task.loss is not None else task.kind), task.outputs
         self._device = torch.device(device)
         self._sources = {"train": self._checked(task.train, "training")}
         if task.test is not None:
@@ -139,6 +141,10 @@ class RawBatches:
 
     def _check_labels(self, batch: Batch) -> None:
         labels = label_entry(batch)
+        if self._kind is not None and isinstance(labels, Tensor):
+            wrong = check_values(self._kind, self._outputs, labels)
+            if wrong is not None:
+                raise UsageError(f"task {self.name!r} has {wrong}")
         if self._classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
             return
         low, high = (int(value) for value in labels.aminmax())
