@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ def generator_seed(key: int) -> int:
 
 
 def seed_generators(key: int, device: torch.device) -> None:
-    """Seeds the global generators that a pass on `device` draws from."""
+    """Seeds the global generators that a pass on `device` draws from: torch's, numpy's and that of `random`."""
     seed = generator_seed(key)
+    np.random.seed(key & _MASK)
+    random.seed(key)
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
         return
@@ -104,22 +107,35 @@ def repeatable(device: torch.device) -> Iterator[None]:
     depends on which was faster at first use.
     """
     if device.type != "cuda":
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), _kept_host_generators():
             yield
         return
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.random.fork_rng([device]):
+        with torch.random.fork_rng([device]), _kept_host_generators():
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
 
 
+@contextmanager
+def _kept_host_generators() -> Iterator[None]:
+    """Restores the global generators of numpy and `random` afterwards."""
+    states = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+
+
 def generator_state(device: torch.device) -> Tensor:
     """State of all global generators that a pass on `device` may draw from, bytes `[n]`."""
-    states = [torch.get_rng_state()]
+    numpy_state: Any = np.random.get_state()
+    host = bytes(numpy_state[1]) + repr((numpy_state[2:], hash(random.getstate()))).encode()
+    states = [torch.get_rng_state(), torch.frombuffer(bytearray(host), dtype=torch.uint8)]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
@@ -136,13 +152,10 @@ def seeded(draw: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def seeded_cpu_generators(draw: int) -> Iterator[None]:
     """Seeds the CPU generators of torch, numpy and `random` from `draw`, and restores them afterwards."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    state = torch.get_rng_state()
     try:
-        seed_generators(draw, torch.device("cpu"))  # those of accelerators are left alone
-        np.random.seed(draw & 0xFFFFFFFF)
-        random.seed(draw)
-        yield
+        with _kept_host_generators():
+            seed_generators(draw, torch.device("cpu"))  # those of accelerators are left alone
+            yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+        torch.set_rng_state(state)

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trajshift.errors import UsageError
+from trajshift.losses import (
+    Batch,
+    classification_loss,
+    classification_metrics,
+    multilabel_loss,
+    multilabel_metrics,
+    regression_loss,
+    regression_metrics,
+)
 
-Batch = Any
-"""Any pytree of tensors; for images `(x [B, C, H, W], y [B])`."""
+__all__ = [
+    "Batch",
+    "Loss",
+    "Metrics",
+    "Task",
+    "Transform",
+    "classification_loss",
+    "classification_metrics",
+    "move",
+    "multilabel_loss",
+    "multilabel_metrics",
+    "regression_loss",
+    "regression_metrics",
+    "untested",
+]
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Metrics = Callable[[nn.Module, Batch], dict[str, Tensor]]
 Transform = Callable[[Batch, "int | None"], Batch]
 
 
-def classification_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of `module(x)` `[B, classes]` against `y` `[B]`; batch is `(x, y)`."""
-    x, y = batch
-    return F.cross_entropy(module(x), y)
-
-
-def classification_metrics(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Means over the batch: `accuracy` in [0, 1] and the cross-entropy `loss` in nats."""
-    x, y = batch
-    logits = module(x)
-    return {"accuracy": (logits.argmax(-1) == y).float().mean(), "loss": F.cross_entropy(logits, y)}
-
-
-def regression_loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of `module(x)` against `y` of the same shape; batch is `(x, y)`."""
-    x, y = batch
-    return F.mse_loss(module(x), y)
-
-
-def regression_metrics(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Means over the batch: `mse`, and the same number as `loss`."""
-    error = regression_loss(module, batch)
-    return {"mse": error, "loss": error}
-
-
-_KINDS: dict[str, tuple[Loss, Metrics]] = {
+_KINDS: dict[str, tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]]]] = {
     "classification": (classification_loss, classification_metrics),
     "regression": (regression_loss, regression_metrics),
+    "multilabel": (multilabel_loss, multilabel_metrics),
 }
 
 
@@ -66,9 +64,15 @@ class Task:
     test: Any = None
     """Test examples, likewise; None where the task is only meta-trained on."""
     outputs: int | None = None
-    """Number of classes or of regression targets, from which a model factory sizes its head."""
+    """Number of classes, of regression targets or of labels, from which a model factory sizes its head."""
     kind: str = "classification"
-    """`classification` or `regression`: supplies `loss` and `metrics` where they are not given."""
+    """`classification`, `regression` or `multilabel`: supplies `loss` and `metrics` where they are not given.
+
+    Classification takes class numbers `y` `[N]` (or one for each place, with the classes on dimension 1 of the output)
+    or probabilities `[N, C]`, regression targets `[N, C]`, multilabel labels `[N, C]` of 0 and 1; its metrics are
+    `accuracy` (of single labels), `f1` (of each example over its labels, then the mean) and `loss` (binary
+    cross-entropy). Shapes that do not fit are refused, never broadcast.
+    """
     loss: Loss | None = None
     """`loss(module, batch) -> scalar`, minimised by the inner loop."""
     metrics: Metrics | None = None
@@ -86,7 +90,7 @@ class Task:
         if not self.name:
             raise UsageError("a task has an empty name; give it one")
         if self.kind not in _KINDS:
-            raise UsageError(f"task {self.name!r} has kind {self.kind!r}; use classification or regression")
+            raise UsageError(f"task {self.name!r} has kind {self.kind!r}; use one of {', '.join(_KINDS)}")
         if not (self.weight > 0.0 and self.weight < float("inf")):
             raise UsageError(f"task {self.name!r} has weight {self.weight}; use a positive number")
         if self.batch_size is not None and self.batch_size < 1:
@@ -95,14 +99,32 @@ class Task:
             raise UsageError(f"task {self.name!r} has {self.outputs} classes; classification needs at least 2")
 
     def compute_loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The scalar training loss of `module` on `batch`."""
-        return (self.loss or _KINDS[self.kind][0])(module, batch)
+        """The scalar training loss of `module` on `batch`.
+
+        Raises:
+            UsageError: outputs and labels whose shapes do not fit.
+        """
+        if self.loss is not None:
+            return self.loss(module, batch)
+        with self._named():
+            return _KINDS[self.kind][0](module, batch, outputs=self.outputs)
 
     def compute_metrics(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Metrics of `module` on `batch`, means over its examples."""
-        if self.metrics is None and self.loss is not None:
+        if self.metrics is not None:
+            return self.metrics(module, batch)
+        if self.loss is not None:
             return {"loss": self.loss(module, batch)}
-        return (self.metrics or _KINDS[self.kind][1])(module, batch)
+        with self._named():
+            return _KINDS[self.kind][1](module, batch, outputs=self.outputs)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the task in the sentences of the losses above."""
+        try:
+            yield
+        except UsageError as error:
+            raise UsageError(f"task {self.name!r}: {error}") from error
 
 
 def untested(name: str) -> UsageError:

@@ -329,10 +329,12 @@ def test_regression_and_no_test_set() -> None:
     assert tune(body(), make_task(test=None)).metrics == {}
 
 
-def test_float32_without_saying_so() -> None:
-    phi = {name: tensor.float() for name, tensor in body().items()}
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_models_dtype_decides_not_that_of_the_start(stored: torch.dtype) -> None:
+    phi = {name: tensor.to(stored) for name, tensor in body().items()}
     assert {p.dtype for p in tune(phi, dtype=None).module.parameters()} == {torch.float32}
-    assert {p.dtype for p in tune(body(), dtype=None).module.parameters()} == {torch.float64}
+    same_values = {name: tensor.float() for name, tensor in phi.items()}
+    assert tune(phi, dtype=None).metrics == tune(same_values, dtype=None).metrics
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ class ImageTransform:
         UsageError: a negative padding or a std of zero; at a call, images of another shape than these.
     """
 
+    draws_by_key = True
+    """It draws from no global generator, so none has to be seeded for it."""
+
     def __init__(
         self,
         crop_padding: int = 0,
@@ -140,6 +143,7 @@ def image_task(
     test: Any = None,
     *,
     outputs: int,
+    kind: str = "classification",
     crop_padding: int = 0,
     flip: bool = False,
     mean: float | Sequence[float] = 0.5,
@@ -148,8 +152,9 @@ def image_task(
     weight: float = 1.0,
     batch_size: int | None = None,
 ) -> Task:
-    """A classification task on images `(x [B, C, H, W], y [B])` with the augmentation of `ImageTransform`.
+    """A task on images `(x [B, C, H, W], y [B])`, of classes unless `kind` says otherwise.
 
+    Images are augmented by `ImageTransform`.
     `train` and `test` are anything `as_source` takes. `channels` repeats grey images to that number. The shape
     of one example is taken from the first.
 
@@ -171,6 +176,7 @@ def image_task(
         train=source,
         test=test,
         outputs=outputs,
+        kind=kind,
         transform=transform,
         weight=weight,
         batch_size=batch_size,

@@ -8,6 +8,7 @@ depends on other tasks, on processes or on workers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import NoneType
 from typing import NamedTuple, Protocol
 
@@ -19,7 +20,9 @@ from trajshift.data.augmentation import ImageTransform
 from trajshift.data.label_entries import label_entry
 from trajshift.data.sources import ArraySource, MappedSource, Source, as_source
 from trajshift.errors import UsageError
+from trajshift.losses import check_values
 from trajshift.rng import key, permutation, seeded_cpu_generators
+from trajshift.rng import seeded as seeded_generators
 from trajshift.task import Batch, Task, move, untested
 
 DEVICE_BYTES = 2 * 2**30
@@ -70,6 +73,7 @@ class RawBatches:
         self._classes = task.outputs if task.kind == "classification" and task.loss is None else None
         # The losses of both kinds take pairs; a transform of the user's may make them.
         self._pairs = task.loss is None and (task.transform is None or isinstance(task.transform, ImageTransform))
+        self._kind, self._outputs = (None if task.loss is not None else task.kind), task.outputs
         self._device = torch.device(device)
         self._sources = {"train": self._checked(task.train, "training")}
         if task.test is not None:
@@ -161,6 +165,10 @@ class RawBatches:
 
     def _check_labels(self, batch: Batch) -> None:
         labels = label_entry(batch)
+        if self._kind is not None and isinstance(labels, Tensor):
+            wrong = check_values(self._kind, self._outputs, labels)
+            if wrong is not None:
+                raise UsageError(f"task {self.name!r} has {wrong}")
         if self._classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
             return
         low, high = (int(value) for value in labels.aminmax())
@@ -255,9 +263,12 @@ class TaskBatches:
         """Numbers of the examples in batch `step` (0 first), int64 `[batch_size]`, into the task's source."""
         return self.raw.indices(step, split, self.batch_size)
 
-    def train(self, step: int) -> Batch:
-        """Training batch number `step` (0 first), augmented."""
-        return self._ready("train", step)
+    def train(self, step: int, *, seeded: bool = True) -> Batch:
+        """Training batch number `step` (0 first), augmented.
+
+        `seeded` False leaves the global generators to the caller: for engines that run tasks at the same time.
+        """
+        return self._ready("train", step, seeded)
 
     def heldout(self, step: int) -> Batch:
         """Batch number `step` of the held-out examples, augmented as training batches are.
@@ -278,21 +289,25 @@ class TaskBatches:
         count = -(-self.raw.size("test") // batch_size)
         requests = [Request(self.name, "test", step, batch_size) for step in range(count)]
         fetched = map(self.raw.fetch, requests) if self.stream is None else self.stream.run(requests)
-        return (self._finish(batch, None) for batch in fetched)
+        return (self._finish(batch, None, self.augmentation_key("test", step)) for step, batch in enumerate(fetched))
 
-    def _ready(self, split: str, step: int) -> Batch:
+    def _ready(self, split: str, step: int, seeded: bool = True) -> Batch:
         request = Request(self.name, split, step, self.batch_size)
         batch = self.raw.fetch(request) if self.stream is None else self.stream.take(request)
-        return self._finish(batch, self.augmentation_key(split, step))
+        draw = self.augmentation_key(split, step)
+        return self._finish(batch, draw, draw if seeded else None)
 
     def augmentation_key(self, split: str, step: int) -> int:
         """The draw behind the augmentation of a batch."""
         return key(self.seed, self.name, "augment", split, step)
 
-    def _finish(self, batch: Batch, draw: int | None) -> Batch:
+    def _finish(self, batch: Batch, draw: int | None, seed: int | None = None) -> Batch:
         batch = move(batch, self.device)
         if self._transform is not None:
-            batch = self._transform(batch, draw)
+            # A transform of ours draws by its key alone; a user's may draw from torch, numpy or random.
+            own = seed is None or getattr(self._transform, "draws_by_key", False)
+            with nullcontext() if own else seeded_generators(seed or 0, self.device):
+                batch = self._transform(batch, draw)
         return self.cast(batch)
 
     def cast(self, batch: Batch) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -19,6 +19,7 @@ from trajshift.data.batches import TaskBatches
 from trajshift.data.loader import PrefetchLoader
 from trajshift.data.sources import Source, as_source, class_balanced_subset, subset
 from trajshift.errors import NonFiniteLoss, UsageError
+from trajshift.learners.constants import constants, drawn
 from trajshift.learners.initialization import Initialization, tensor_names
 from trajshift.learners.inner_optimizer import optimizer_class, optimizer_for, set_lr
 from trajshift.learners.modules import (
@@ -28,6 +29,7 @@ from trajshift.learners.modules import (
     fresh_module,
     head_key,
     phi_key,
+    refuse_common_memory,
     to_channels_last,
 )
 from trajshift.learners.sharing import find_heads, is_in_head
@@ -102,7 +104,7 @@ def finetune(
         head: dotted name(s) of the head; None takes the initialization's, else finds the usual ones.
         seed: decides head, batches, subset and, without an initialization, the body.
         device: where to train.
-        dtype: of the parameters; None takes the initialization's, else the model's.
+        dtype: of the parameters; None takes the model's, whatever that of the initialization.
         workers: processes that load examples which are not in memory.
         evaluate_every: add the test metrics to the curve each time this many steps are done.
         progress: called with (steps done, steps).
@@ -152,8 +154,8 @@ def build_module(
 ) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
     """The module at the start of fine-tuning, the names the initialization filled, and the fresh ones.
 
-    The parameters in the initialization come from there, frozen ones (and without an initialization all but
-    the head) from the draw behind a trainer's first phi, the rest from (seed, task).
+    What the initialization has comes from there; without one, all but the head comes from the draw behind a trainer's
+    first phi, and so do random constants that it lacks; the rest from (seed, task).
     """
     if model is None:
         model = getattr(initialization, "model", None)
@@ -163,34 +165,65 @@ def build_module(
         )
     head = head or list(getattr(initialization, "about", {}).get("heads", ())) or None
     factory = as_factory(model, head)
-    if initialization is not None and dtype is None:
-        dtype = next((tensor.dtype for tensor in initialization.values() if tensor.is_floating_point()), None)
-    module = fresh_module(factory, task, head_key(seed, task.name)).to(dtype=dtype)
-    first = dict(fresh_module(factory, task, phi_key(seed)).named_parameters())
+    module = fresh_module(factory, task, head_key(seed, task.name))
+    other = fresh_module(factory, task, phi_key(seed))
+    refuse_common_memory(module, other, task.name, task.name)
+    random = drawn(module, other)
+    module = module.to(dtype=dtype)
+    first = dict(other.named_parameters())
     # Parameters that the initialization leaves out are fresh anyway: a head has to be known only for scratch.
     heads = find_heads(module, head, None if initialization is None else ("*",))
     started, fresh = [], []
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad or (initialization is None and not is_in_head(name, heads)):
+            if not parameter.requires_grad:
+                continue
+            if initialization is None and not is_in_head(name, heads):
                 parameter.copy_(first[name])
             elif initialization is not None and name in initialization and not is_in_head(name, heads):
                 _fill(name, parameter, initialization[name], task)
                 started.append(name)
             else:
                 fresh.append(name)
+        constant = _fill_constants(module, other, random, initialization or {}, task, heads)
     if initialization is not None:
         _check_used(module, initialization, started, heads)
-    return module, tuple(started), tuple(fresh)
+    return module, (*started, *constant), tuple(fresh)
 
 
-def _fill(name: str, parameter: Tensor, value: Tensor, task: Task) -> None:
-    if value.shape != parameter.shape:
+def _fill_constants(
+    module: nn.Module,
+    other: nn.Module,
+    random: Collection[str],
+    initialization: Mapping[str, Tensor],
+    task: Task,
+    heads: Sequence[str],
+) -> list[str]:
+    """Frozen parameters, and buffers that are no statistics: from the initialization, else from phi's draw.
+
+    Those that the factory gives every task alike, or this task in particular, are in the module already.
+    Returns the names of the parameters that the initialization filled.
+    """
+    built = getattr(initialization, "about", {}).get("built", ())
+    parameters, first, filled = dict(module.named_parameters()), constants(other), []
+    for name, tensor in constants(module).items():
+        given = initialization[name] if name in initialization and name not in built else None
+        must_fit = not is_in_head(name, heads) and (name in parameters or name in random)
+        if given is not None and (must_fit or given.shape == tensor.shape):
+            _fill(name, tensor, given, task)
+            filled += [name] if name in parameters else []
+        elif name in random:
+            tensor.copy_(first[name])
+    return filled
+
+
+def _fill(name: str, tensor: Tensor, value: Tensor, task: Task) -> None:
+    if value.shape != tensor.shape:
         raise UsageError(
             f"the initialization has {name!r} with shape {tuple(value.shape)}, the model for task {task.name!r} with "
-            f"{tuple(parameter.shape)}; use the model and the number of channels it was learned with"
+            f"{tuple(tensor.shape)}; use the model and the number of channels it was learned with"
         )
-    parameter.copy_(value)
+    tensor.copy_(value)
 
 
 def _check_used(
@@ -236,7 +269,8 @@ def test_metrics(module: nn.Module, task: Task, batches: TaskBatches) -> dict[st
     training = module.training
     module.eval()
     with torch.no_grad():
-        for batch in batches.test():
+        for step, batch in enumerate(batches.test()):
+            seed_generators(key(batches.seed, batches.name, "test", step), batches.device)
             size = len(tree_leaves(batch)[0])
             for name, value in task.compute_metrics(module, batch).items():
                 sums[name] = sums.get(name, 0.0) + value.detach().cpu().double() * size

@@ -10,13 +10,14 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trajshift.data.batches import TaskBatches
 from trajshift.data.loader import PrefetchLoader
 from trajshift.distributed import World, balance
 from trajshift.errors import UsageError
+from trajshift.learners.constants import drawn as changed
 from trajshift.learners.learner import Learner
 from trajshift.learners.modules import fresh_module, head_key
 from trajshift.learners.parameter_matrix import Trajectories
@@ -66,6 +67,7 @@ class ActiveLearners:
         self.workers = workers
         self.device = device
         self.home = self._homes({})
+        self.blueprint.constants.moving |= self._moving()
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.learners: list[Learner] = []
         self.weights = torch.zeros(0, dtype=blueprint.layout.dtype, device=device)
@@ -85,18 +87,34 @@ class ActiveLearners:
         return float(counter.get_total_flops())
 
     def draws(self, name: str) -> bool:
-        """Whether a training forward pass of the task draws from the global generator, as dropout does."""
+        """Whether a training pass of the task draws from a global generator, as dropout does.
+
+        The pass has gradients, as those of training: a model may ask for `torch.is_grad_enabled()`.
+        """
         with seeded(0, self.device):
             before = generator_state(self.device)
-            self._trial(self.tasks[name])
+            _, loss = self._trial(self.tasks[name])
+            if loss.requires_grad:
+                loss.sum().backward()
             return not torch.equal(before, generator_state(self.device))
 
-    def _trial(self, task: Task) -> None:
-        """A forward pass of a temporary module on the first batch, on the CPU so that no source moves."""
-        batch = move(self._batches(task, torch.device("cpu")).train(0), self.device)
+    def _moving(self) -> set[str]:
+        """Frozen parameters that a training pass of a task changes, as it does the average of weights in a teacher."""
+        found: set[str] = set()
+        frozen = self.blueprint.constants.frozen
+        for name in self.local if frozen else ():
+            with seeded(0, self.device):
+                module, _ = self._trial(self.tasks[name])
+            before = fresh_module(self.blueprint.factory, self.tasks[name], head_key(self.seed, name))
+            found |= changed(before, module) & frozen
+        return found.union(*self.world.gather(found)) if frozen else found
+
+    def _trial(self, task: Task) -> tuple[nn.Module, Tensor]:
+        """A training pass of a temporary module on the first batch, drawn on the CPU so that no source moves."""
+        raw = self._batches(task, torch.device("cpu")).train(0, seeded=False)
         module = fresh_module(self.blueprint.factory, task, head_key(self.seed, task.name)).to(self.device)
-        with torch.no_grad():
-            task.compute_loss(module, batch)
+        with torch.enable_grad():
+            return module, task.compute_loss(module, move(raw, self.device))
 
     def _batches(self, task: Task, device: torch.device) -> TaskBatches:
         return TaskBatches(
@@ -204,7 +222,8 @@ class ActiveLearners:
         self._seat(staying)
 
     def check_modules(self) -> None:
-        """Rejects modules whose parameters no longer share memory with the parameter matrix."""
+        """Rejects modules whose parameters no longer share memory with the parameter matrix, or changed if frozen."""
+        self.blueprint.constants.check()
         for learner in self.learners:
             learner.check_module()
 

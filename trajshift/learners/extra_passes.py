@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,8 @@ class ExtraPasses:
     @contextmanager
     def _pass(self, learner: Learner) -> Iterator[None]:
         self.counts["gradient_evaluations"] += 1
-        with untouched(learner.module, learner.draw_of(self._batch), learner.device):
+        draw, frozen = learner.draw_of(self._batch), learner.frozen.values()
+        with untouched(learner.module, draw, learner.device, frozen):
             yield
 
     def losses(self) -> Tensor:
@@ -77,17 +78,25 @@ class ExtraPasses:
 
 
 @contextmanager
-def untouched(module: nn.Module, draw: int, device: torch.device) -> Iterator[None]:
+def untouched(
+    module: nn.Module, draw: int, device: torch.device, frozen: Iterable[nn.Parameter] = ()
+) -> Iterator[None]:
     """Runs passes without lasting effect: buffers (BatchNorm statistics, counters) and generators are restored.
 
-    The module sees copies of its buffers meanwhile, so the originals are not even written to.
+    The module sees copies of its buffers, and of the task's own `frozen` parameters, meanwhile, so the originals are
+    not even written to.
     """
+    kept = [(parameter, parameter.data) for parameter in frozen]
     saved = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
     try:
         for part, name, buffer in saved:
             part._buffers[name] = buffer.clone()
+        for parameter, value in kept:
+            parameter.data = value.clone()
         with seeded(draw, device):
             yield
     finally:
+        for parameter, value in kept:
+            parameter.data = value
         for part, name, buffer in saved:
             part._buffers[name] = buffer

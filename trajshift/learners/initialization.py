@@ -18,7 +18,7 @@ from trajshift.errors import UsageError
 from trajshift.utils.files import replace_file
 
 METADATA_KEY = "trajshift"
-_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Initialization(Mapping[str, Tensor]):
@@ -67,7 +67,7 @@ class Initialization(Mapping[str, Tensor]):
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor's name is that of BatchNorm statistics, which published weights bring and phi never has."""
-    return name.endswith(_STATISTICS)
+    return name.rpartition(".")[2] in _STATISTICS
 
 
 def tensor_names(module: nn.Module) -> frozenset[str]:
@@ -80,7 +80,7 @@ class Match:
     """Which parameters of a module an initialization filled. True if all tensors found their place."""
 
     matched: tuple[str, ...]
-    """Copied into the module."""
+    """Copied into the module; buffers that are no statistics included."""
     missing: tuple[str, ...]
     """Parameters of the module that the initialization does not have: they keep their values (heads, usually)."""
     unexpected: tuple[str, ...]
@@ -131,11 +131,15 @@ def load_initialization(path: str | Path, model: nn.Module | None = None) -> Ini
 def fill(module: nn.Module, initialization: Mapping[str, Tensor]) -> Match:
     """Copies named tensors into the parameters of a module with the same name and shape, in place.
 
+    Buffers that are no statistics (a fixed random projection) are filled too.
+
     Raises:
         UsageError: not one parameter matches.
     """
     parameters = dict(module.named_parameters())
-    equal = [n for n, t in initialization.items() if n in parameters and parameters[n].shape == t.shape]
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not is_statistic(name)}
+    places = {**buffers, **parameters}
+    equal = [n for n, t in initialization.items() if n in places and places[n].shape == t.shape]
     if not equal:
         raise UsageError(
             f"no parameter of {type(module).__name__} matches the initialization, which has "
@@ -143,10 +147,10 @@ def fill(module: nn.Module, initialization: Mapping[str, Tensor]) -> Match:
         )
     with torch.no_grad():
         for name in equal:
-            parameters[name].copy_(initialization[name])
+            places[name].copy_(initialization[name])
     return Match(
         matched=tuple(equal),
         missing=tuple(name for name in parameters if name not in initialization),
-        unexpected=tuple(name for name in initialization if name not in parameters),
-        unequal=tuple(n for n in initialization if n in parameters and n not in equal),
+        unexpected=tuple(name for name in initialization if name not in places),
+        unequal=tuple(n for n in initialization if n in places and n not in equal),
     )

@@ -1,7 +1,7 @@
 """One local learner: a module whose shared parameters are a row of the matrix, its own state, its inner optimizer.
 
 A learner's own state (head, parameters that not every task has, BatchNorm statistics and other buffers) never
-travels between tasks. Shared and frozen parameters are not part of it.
+travels between tasks. Shared parameters, and frozen ones that are the same in all tasks, are not part of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from trajshift.rng import key, seed_generators
 from trajshift.settings import Inner
 from trajshift.task import Batch, Task
 
+OWN = ("own/", "frozen/", "buffer/")
+"""How names of a learner's own tensors begin."""
+
 
 class Learner:
     """The local learner of one task, bound to one row of the parameter matrix."""
@@ -52,11 +55,11 @@ class Learner:
         self._blueprint = blueprint
         self.module = fresh_module(blueprint.factory, task, head_key(seed, task.name))
         named = dict(self.module.named_parameters())
-        for name, tensor in blueprint.frozen.items():
-            named[name].data = tensor
+        stored_once = blueprint.constants.place(self.module)
         shared = {entry.name for entry in blueprint.layout.entries}
         self.own = {name: p for name, p in named.items() if p.requires_grad and name not in shared}
-        for tensor in [p for name, p in named.items() if name not in shared and name not in blueprint.frozen]:
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad and name not in stored_once}
+        for tensor in [p for name, p in named.items() if name not in shared and name not in stored_once]:
             tensor.data = tensor.data.to(device)
         for part in self.module.modules():
             part._buffers = {n: b if b is None else b.to(device) for n, b in part._buffers.items()}
@@ -219,8 +222,9 @@ class Learner:
             self.renew_optimizer()
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """The task's own parameters (`own/NAME`) and buffers (`buffer/NAME`); not copies."""
+        """The task's own parameters (`own/NAME`; `frozen/NAME`) and buffers (`buffer/NAME`); not copies."""
         tensors = {f"own/{name}": parameter.data for name, parameter in self.own.items()}
+        tensors |= {f"frozen/{name}": parameter.data for name, parameter in self.frozen.items()}
         return tensors | {f"buffer/{name}": buffer for name, buffer in self.module.named_buffers()}
 
     def load_own_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -230,7 +234,9 @@ class Learner:
             UsageError: the tensors belong to another model.
         """
         mine = self.own_tensors()
-        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("own/", "buffer/"))}
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        if not any(name.startswith("frozen/") for name in saved):  # versions before 0.2 did not save them
+            saved |= {name: tensor.clone() for name, tensor in mine.items() if name.startswith("frozen/")}
         shapes, known = ({name: tuple(t.shape) for name, t in named.items()} for named in (mine, saved))
         for name in {**shapes, **known}:
             if shapes.get(name) != known.get(name):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
+from trajshift.learners.initialization import is_statistic
 from trajshift.rng import key, seeded
 from trajshift.task import Task
 
@@ -39,13 +41,41 @@ def as_factory(model: Factory | nn.Module, heads: str | Sequence[str] | None) ->
     def build_module(task: Task) -> nn.Module:
         if task.outputs is None:
             raise UsageError(f"task {task.name!r} names no outputs, which size its head; set outputs")
-        module = copy.deepcopy(model)
+        module = _copied(model)
         fresh = nn.Linear(old.in_features, task.outputs, bias=old.bias is not None)
         parent, _, leaf = head.rpartition(".")
         setattr(module.get_submodule(parent), leaf, fresh.to(old.weight))
         return module
 
     return build_module
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a module given as the model.
+
+    Raises:
+        UsageError: something in it cannot be copied; names it.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a part's own __deepcopy__ raises
+        raise UsageError(
+            f"the {type(model).__name__} given as the model cannot be copied for each task: {_not_copied(model)}"
+            f" ({first_line(error)}); pass a factory model(task) that builds it"
+        ) from error
+
+
+def _not_copied(model: nn.Module) -> str:
+    """Names the attribute of a module that cannot be copied."""
+    for name, part in model.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute in ("_modules", "_parameters"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return f"its attribute {f'{name}.{attribute}' if name else attribute!r} is a {type(value).__name__}"
+    return "a part of it refuses"
 
 
 def faster_channels_last(module: nn.Module) -> bool:
@@ -64,7 +94,39 @@ def fresh_module(factory: Factory, task: Task, draw: int) -> nn.Module:
         module = factory(task)
     if not isinstance(module, nn.Module):
         raise UsageError(f"the model factory returned {type(module).__name__} for task {task.name!r}, not a module")
+    lazy = next((n for n, p in [*module.named_parameters(), *module.named_buffers()] if is_lazy(p)), None)
+    if lazy is not None:
+        raise UsageError(
+            f"parameter {lazy!r} of the model for task {task.name!r} has no shape before its first batch: a lazy layer"
+            "; give the layer its sizes, or pass an example through the module before the factory returns it"
+        )
     return module.train()
+
+
+def refuse_common_memory(module: nn.Module, other: nn.Module, task: str, other_task: str) -> None:
+    """Rejects two modules of a factory that train the same memory; frozen parameters may be shared.
+
+    Raises:
+        UsageError: names the parameter, and the tasks if they are two.
+    """
+    held = {address for _, address in _trained_memory(other)}
+    for name, address in _trained_memory(module):
+        if address in held:
+            when = f"twice for task {task!r}" if task == other_task else f"for tasks {task!r} and {other_task!r}"
+            raise UsageError(
+                f"the model factory, called {when}, returned the same parameter {name!r}; build a new module in "
+                "every call, or return copy.deepcopy(module)"
+            )
+
+
+def _trained_memory(module: nn.Module) -> list[tuple[str, int]]:
+    """Names and addresses of the storages that training writes to: trainable parameters and statistics."""
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+    tensors |= {name: buffer for name, buffer in module.named_buffers() if is_statistic(name)}
+    addresses = [(name, tensor.untyped_storage().data_ptr()) for name, tensor in tensors.items()]
+    return [(name, address) for name, address in addresses if address != 0]
 
 
 def phi_key(seed: int) -> int:

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from trajshift.errors import UsageError
+from trajshift.learners.constants import Constants
 from trajshift.learners.initialization import tensor_names
-from trajshift.learners.modules import Factory, faster_channels_last, fresh_module, head_key, phi_key, to_channels_last
+from trajshift.learners.modules import (
+    Factory,
+    faster_channels_last,
+    fresh_module,
+    head_key,
+    phi_key,
+    refuse_common_memory,
+    to_channels_last,
+)
 from trajshift.learners.parameter_matrix import Layout
 from trajshift.task import Task
 from trajshift.utils.dotted_names import is_within
@@ -28,8 +37,8 @@ class Blueprint:
     heads: tuple[str, ...]
     phi: Tensor
     """The first phi `[P]`, on the CPU."""
-    frozen: dict[str, Tensor]
-    """Frozen parameters with the same shape in all tasks: they exist once."""
+    constants: Constants
+    """Frozen parameters and buffers that are no statistics."""
     channels_last: bool
     """Whether the factory's modules keep their convolutions' weights channels-last."""
     names: frozenset[str]
@@ -64,18 +73,22 @@ class Blueprint:
             made = factory
             factory, first = lambda task: to_channels_last(made(task)), to_channels_last(first)
         heads = find_heads(first, head, rule)
-        frozen = {name: p.data for name, p in first.named_parameters() if not p.requires_grad}
+        constants = Constants.start(first)
         trainable: dict[str, dict[str, tuple[int, ...]]] = {}
         for task in tasks:
-            named = dict(fresh_module(factory, task, head_key(seed, task.name)).named_parameters())
-            trainable[task.name] = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad}
-            frozen = {n: f for n, f in frozen.items() if n in named and named[n].shape == f.shape}
+            module = fresh_module(factory, task, head_key(seed, task.name))
+            again = first if task is tasks[0] else fresh_module(factory, task, phi_key(seed))
+            refuse_common_memory(module, again, task.name, task.name)
+            refuse_common_memory(module, first, task.name, tasks[0].name)
+            constants.compare(module, again)
+            named = module.named_parameters()
+            trainable[task.name] = {name: tuple(p.shape) for name, p in named if p.requires_grad}
         parameters = dict(first.named_parameters())
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
         own = tuple(n for n in trainable[tasks[0].name] if n not in shared and not is_in_head(n, heads))
-        return cls(factory, layout, heads, phi, frozen, channels_last, tensor_names(first), own)
+        return cls(factory, layout, heads, phi, constants, channels_last, tensor_names(first), own)
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Rejects a task whose model lacks a shared parameter, or has it in another shape."""

@@ -138,6 +138,8 @@ def check_fit(model: Factory, tasks: dict[str, Task], recipe: Recipe) -> None:
         try:
             with torch.no_grad(), seeded(0, torch.device("cpu")):
                 task.compute_loss(module, batch)
+        except UsageError:
+            raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shape = "" if task.input_shape is None else f" of shape {list(task.input_shape)}"
             raise UsageError(

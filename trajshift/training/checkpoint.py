@@ -22,6 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trajshift.errors import UsageError
+from trajshift.learners.learner import OWN
 from trajshift.training.approximation_error import joined
 from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders
 from trajshift.training.meta_step import MetaStep
@@ -63,6 +64,8 @@ def _shared_state(run: MetaStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
     outer, numbers = run.meta_optimizer.state()
     tensors = {f"phi/{name}": view for name, view in run.layout.views(run.phi).items()}
     tensors |= {f"outer/{name}": tensor for name, tensor in outer.items()}
+    constants = run.active.blueprint.constants
+    tensors |= {f"constant/{name}": tensor for name, tensor in constants.values.items()}
     tensors["update_norm"] = run.counters.update_norm
     if run.pending is not None:
         tensors |= {f"pending/{name}": view for name, view in run.layout.views(run.pending()).items()}
@@ -75,6 +78,7 @@ def _shared_state(run: MetaStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seated": sorted(name for _, names, _ in gathered for name in names),
         "readings": joined(rows for _, _, rows in gathered),
         "outer": numbers,
+        **({"from_phi": sorted(constants.from_phi)} if constants.values else {}),
     }
 
 
@@ -113,6 +117,7 @@ def save(directory: Path, run: MetaStep, extra: dict[str, Any] | None = None) ->
         UsageError: phi differs between ranks, or the disk is full (nothing half-written is left behind).
     """
     world, active = run.world, run.active
+    active.check_modules()
     world.same(run.initialization.digest(), f"phi at step {run.step}")
     final = directory / f"{run.step:09d}"
     temporary = directory / f"{final.name}.tmp"
@@ -261,7 +266,7 @@ def load(path: Path, run: MetaStep) -> dict[str, Any]:
         )
     _load_shared(path, run, numbers)
     states = {name: parse((path / tasks[name]["file"]).read_bytes()) for name in run.active.local if name in tasks}
-    run.active.waiting = {name: _only(tensors, ("own/", "buffer/")) for name, tensors in states.items() if tensors}
+    run.active.waiting = {name: _only(tensors, OWN) for name, tensors in states.items() if tensors}
     seated = [name for name in states if name in numbers["seated"]]
     run.active.resume(seated, (run.step - 1) // run.horizon if run.k else None)
     run.counters.seat(run.active.names)
@@ -295,6 +300,8 @@ def _load_shared(path: Path, run: MetaStep, numbers: dict[str, Any]) -> None:
                 f"checkpoint {path} belongs to another model: it has no {what}; use the model it was made with"
             )
         view.copy_(saved)
+    if "from_phi" in numbers:  # older checkpoints have no constants
+        run.active.blueprint.constants.load(_strip(shared, "constant/"), numbers["from_phi"])
     run.meta_optimizer.load({n: t.to(run.device) for n, t in _strip(shared, "outer/").items()}, numbers["outer"])
     run.counters.update_norm.copy_(shared["update_norm"])
     run.pending = None

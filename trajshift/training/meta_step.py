@@ -169,10 +169,14 @@ class MetaStep:
 
     @property
     def initialization(self) -> Initialization:
-        """phi as named tensors (copies on the CPU)."""
+        """phi as named tensors (copies on the CPU), with the constants that all tasks share."""
         tensors = {name: view.cpu().contiguous().clone() for name, view in self.layout.views(self.phi).items()}
         blueprint = self.active.blueprint
+        constants = blueprint.constants
+        tensors |= {name: value.cpu().contiguous().clone() for name, value in sorted(constants.values.items())}
         about = {"method": self.method.name, "seed": self.seed, "step": self.step, "heads": list(blueprint.heads)}
+        if constants.built:
+            about["built"] = constants.built
         return Initialization(tensors, about, model=blueprint.factory)
 
     def moment(self, index: int) -> Moment:
@@ -238,7 +242,7 @@ class MetaStep:
                 at the same time or record them.
         """
         if batch is None:
-            batch = learner.batches.train(moment.index)
+            batch = learner.batches.train(moment.index, seeded=seeded)
         if seeded:
             learner.seed_generators(moment.index)
         shared = not self.stays_at_phi or (self.meta_gradient.needs_gradients and moment.due)

@@ -98,10 +98,10 @@ def choose_model(
 ) -> tuple[Blueprint, Tensor]:  # fmt: skip
     """What the tasks share, and the first phi on the device."""
     blueprint = Blueprint.inspect(as_factory(model, head), tasks, head, shared, seed, channels_last)
-    blueprint.frozen = {name: tensor.to(device) for name, tensor in blueprint.frozen.items()}
     phi = blueprint.phi.to(device, copy=True)
     if initialization is not None:
         start_from(initialization, blueprint, phi)
+    blueprint.constants.to(device)
     return blueprint, phi
 
 
@@ -114,17 +114,37 @@ def start_from(initialization: Mapping[str, Tensor], blueprint: Blueprint, phi: 
     """
     views = blueprint.layout.views(phi)
     missing = [name for name in views if name not in initialization]
-    unequal = [name for name in views if name in initialization and initialization[name].shape != views[name].shape]
+    constants = constants_given(initialization, blueprint)
+    places = views | {name: blueprint.constants.common[name] for name in constants}
+    unequal = [name for name in places if name in initialization and initialization[name].shape != places[name].shape]
     own = (name for name in initialization if not is_in_head(name, blueprint.heads) and not is_statistic(name))
     unexpected = [name for name in own if name not in blueprint.names]
     if missing or unequal or unexpected:
-        shapes = [f"{name} {tuple(initialization[name].shape)}, not {tuple(views[name].shape)}" for name in unequal]
+        shapes = [f"{name} {tuple(initialization[name].shape)}, not {tuple(places[name].shape)}" for name in unequal]
         kinds = (("missing", missing), ("wrong shape", shapes), ("unexpected", unexpected))
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
         raise UsageError(f"the initialization does not fit the model ({found}); use the model it was learned with")
     for name, view in views.items():
         view.copy_(initialization[name])
-    blueprint.left = tuple(name for name in initialization if name not in views)
+    for name in constants:
+        blueprint.constants.take(name, initialization[name])
+    blueprint.left = tuple(name for name in initialization if name not in views and name not in constants)
+
+
+def constants_given(initialization: Mapping[str, Tensor], blueprint: Blueprint) -> list[str]:
+    """Frozen parameters and buffers whose values the initialization decides.
+
+    Not those that a factory gives every task, which a run keeps with phi for readers without the factory; nor those
+    that depend on the number of outputs or on the size of an image and have another shape there.
+    """
+    found = blueprint.constants
+    built = getattr(initialization, "about", {}).get("built", ())
+    names = [name for name in found.common if name in initialization and name not in built]
+
+    def must_fit(name: str) -> bool:
+        return not is_in_head(name, blueprint.heads) and (name in found.frozen or name in found.from_phi)
+
+    return [n for n in names if must_fit(n) or initialization[n].shape == found.common[n].shape]
 
 
 def choose_tasks(tasks: Sequence[Task] | Mapping[str, Task], method: Method) -> list[Task]:

@@ -243,6 +243,8 @@ class MetaTrainer:
                 run.begin_round()
                 self.engine.begin(run)
             losses, moved = self.engine.step(run)
+            if run.k in (1, 0):  # a forward that replaces a parameter is caught before its round ends
+                run.active.check_modules()
         round, k = divmod(run.step - 1, run.horizon)
         return Event(run.step, round, k + 1, run.counters.inner_steps, run.tasks, losses, moved)
 

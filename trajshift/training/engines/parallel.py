@@ -67,7 +67,7 @@ class Parallel(Engine):
             self._executor = ThreadPoolExecutor(self.threads, "learner", torch.set_num_threads, (1,))
         # What is read example by example comes from loader processes, or draws from the global generators.
         ready = {
-            learner.row: learner.batches.train(moment.index)
+            learner.row: learner.batches.train(moment.index, seeded=False)
             for learner in run.learners
             if learner.batches.raw.streams("train")
         }
