@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ def run_jobs_here(jobs: Sequence[Job], **options: Any) -> dict[Path, UsageError]
     failures = {}
     for job in jobs:
         try:
-            assert worker.do(json.loads(job.line()))
+            assert worker.do(Job.from_line(job.to_line()))
         except UsageError as error:
             failures[job.path] = error
     return failures

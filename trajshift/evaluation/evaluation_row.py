@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +87,20 @@ class EvaluationRow:
     phi: str | None = None
     """Digest of the file that phi was read from; None from scratch."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Test metrics by name; empty where the fine-tuning broke down."""
+    """Test metrics by name, all finite; empty where the fine-tuning broke down or a metric is not finite."""
     error: str | None = None
     """Why the fine-tuning broke down."""
     run: str | None = None
     """Name of the run directory that the row was read from; not written, as the file is in it."""
+
+    def __post_init__(self) -> None:
+        bad = {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
+        for name, value in bad.items():
+            # A number that is none would win comparisons and stop every table.
+            sentence = f"test {name} of {self.target!r} is {value}; look for such values in its test set, or lower lr"
+            object.__setattr__(self, "error", self.error or sentence)
+            object.__setattr__(self, "metrics", {})
+            break
 
     @property
     def place(self) -> tuple[Any, ...]:

@@ -106,8 +106,8 @@ class _Run:
         """Start or resume, train, and finish."""
         self._resume()
         if self.first:
-            self.directory.write_recipe(self.recipe)
             self.directory.write_environment(self._environment(), self.trainer.describe())
+            self.directory.write_recipe(self.recipe)
             self.seconds = self.directory.seconds()
             self.board = self._tensorboard()
         title = f"{self.directory.path.name} ({self.trainer.method.name})"
@@ -134,6 +134,7 @@ class _Run:
         if self.first:
             try:
                 self.directory.lock()
+                self.directory.refuse_what_is_not_ours()
             except (OSError, UsageError) as error:
                 failure = error
         if self.world.any(failure is not None):

@@ -14,6 +14,40 @@ from typing import Any
 
 from trajshift.errors import UsageError
 
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the safetensors format allows."""
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: says why in a few words, whatever is wrong: not JSON, too deep, too many digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+
+
+def safetensors_header(path: Path) -> bytes:
+    """The JSON at the beginning of a safetensors file.
+
+    Raises:
+        ValueError: the length that it states cannot be right.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
+            raise ValueError("its header is longer than the file")
+        return file.read(length)
+
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Adds one row; a half-written last line left by a crash is cut off first."""
@@ -104,7 +138,17 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
                 f"no space left on the disk of {path}; free some and continue with: "
                 f"{again or f'trajshift train --resume {path}'}"
             ) from error
-        refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
+        refused = (
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EEXIST,
+            errno.ENOENT,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        )
         if code in refused or "os error 13" in text:  # as safetensors words it
             raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise
