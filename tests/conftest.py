@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(file, Path):
             file.write_bytes(b"\x89PNG")
         else:
-            file.write("<?xml version='1.0'?><svg></svg>")
+            file.write(b"\x89PNG" if isinstance(file, BytesIO) else "<?xml version='1.0'?><svg></svg>")
 
     monkeypatch.setattr(figure.Figure, "savefig", blank)
     monkeypatch.setattr(layout.ConstrainedLayoutEngine, "execute", lambda self, figure: None)

@@ -55,7 +55,7 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused_before_training(name: st
 
 
 def test_a_long_recipe_name_is_one_sentence_before_training(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="choose another output.directory"):
+    with pytest.raises(UsageError, match=r"choose another output\.directory"):
         train(load("digits", TINY), tmp_path / ("x" * 260), quiet=True)
 
 

@@ -24,6 +24,7 @@ from trajshift.recipes.recipe import Recipe, load, to_yaml
 from trajshift.runs.resume import check_boundary, resumed_recipe
 from trajshift.training.checkpoint_files import MANIFEST, checkpoint_folders
 from trajshift.utils.files import parsed_json, read_jsonl, replace_file, safetensors_header, write_json
+from trajshift.utils.seals import add_seal, check_seals, renew_seals, seal_file
 
 
 def run_name(recipe: Recipe, source: str) -> str:
@@ -178,7 +179,7 @@ class RunDirectory:
         """Forget the rows written after the checkpoint at `step`, half-written lines included.
 
         Raises:
-            UsageError: metrics.jsonl is shorter than it was when the checkpoint was made.
+            UsageError: metrics.jsonl is shorter than it was when the checkpoint was made, or a row was changed.
         """
         metrics = self.path / "metrics.jsonl"
         length = metrics.stat().st_size if metrics.exists() else 0
@@ -187,8 +188,11 @@ class RunDirectory:
                 f"{metrics} has {length} bytes, but had {metrics_bytes} at the checkpoint of step {step}; "
                 "put the file back"
             )
+        check_seals(metrics, metrics_bytes)
         if metrics.exists():
             os.truncate(metrics, metrics_bytes)
+            if seal_file(metrics).exists():
+                renew_seals(metrics)
         timing = self.path / "timing.jsonl"
         kept = [row for row in self._timing() if row["step"] <= step]
         if timing.exists():
@@ -211,7 +215,9 @@ class RunDirectory:
         """Append one row to metrics.jsonl and one to timing.jsonl."""
         if self._metrics is None:
             self._metrics = open(self.path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by unlock
-        self._metrics.write((json.dumps(metrics) + "\n").encode())
+        line = (json.dumps(metrics) + "\n").encode()
+        add_seal(self.path / "metrics.jsonl", line)
+        self._metrics.write(line)
         self._metrics.flush()
         with open(self.path / "timing.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(timing) + "\n")

@@ -29,7 +29,7 @@ def parsed_json(text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from None
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
+        raise ValueError("cannot decode it as UTF-8") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError:
@@ -59,23 +59,8 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
         stream.write((json.dumps(row) + "\n").encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file; a half-written last line is left out, and a missing file has none."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}") from None
-    return rows
-
-
 def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file.
+    """The complete rows of a .jsonl file; a half-written last line is left out, and a missing file has none.
 
     Args:
         file: one mapping per line.
@@ -84,19 +69,34 @@ def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> 
     Raises:
         UsageError: the file is damaged; says where, and what to do.
     """
-    try:
-        rows = read_rows(file)
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); fix or delete the line") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UsageError(f"{file} is damaged (line {number} is not a mapping); fix or delete the line")
-        for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
-                raise UsageError(
-                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); fix or delete the line"
-                )
+    if not file.exists():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = parsed_json(line)
+        except ValueError as error:
+            raise UsageError(f"{file} is damaged (line {number}: {error}); fix or delete the line") from None
+        if fault := _fault(row, fields, number):
+            raise UsageError(f"{file} is damaged ({fault}); fix or delete the line")
+        rows.append(row)
     return rows
+
+
+def _fault(row: Any, fields: Mapping[str, Any], number: int) -> str | None:
+    """What a row lacks, in a few words; None where it has these fields."""
+    if not isinstance(row, dict):
+        return f"line {number} is not a mapping"
+    for name, kind in fields.items():
+        value = row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return f"{name} in line {number} is {shortened(repr(value))}"
+    return None
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text of at most about `length` letters, for a sentence."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
