@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +21,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     layout = pytest.importorskip("matplotlib.layout_engine")
 
-    def blank(self: Any, file: Any, *, format: str, **options: Any) -> None:
-        file.write(b"\x89PNG" if format == "png" else "<?xml version='1.0'?><svg></svg>")
+    def blank(self: Any, file: Any, *, format: str | None = None, **options: Any) -> None:
+        png = format == "png" or isinstance(file, (Path, BytesIO))
+        content = b"\x89PNG" if png else "<?xml version='1.0'?><svg></svg>"
+        if isinstance(file, Path):
+            file.write_bytes(b"\x89PNG")
+        else:
+            file.write(content)
 
     monkeypatch.setattr(figure.Figure, "savefig", blank)
     monkeypatch.setattr(layout.ConstrainedLayoutEngine, "execute", lambda self, figure: None)

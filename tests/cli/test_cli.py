@@ -18,7 +18,7 @@ from trajshift.experiments.demo import demo_jobs
 from trajshift.recipes.recipe import load
 from trajshift.runs.directory import RunDirectory
 from trajshift.training import checkpoint
-from trajshift.utils.files import read_rows
+from trajshift.utils.files import read_jsonl as read_rows
 from trajshift.utils.progress import Progress, duration
 
 TINY = """

@@ -233,9 +233,9 @@ def test_damage_is_found(tmp_path: Path) -> None:
     file = folder / "train-images.npy"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    open_cache(tmp_path, "cifar10")
-    with pytest.raises(UsageError, match=r"train-images.npy is damaged: its SHA-256"):
-        check_cache(tmp_path, "cifar10")
+    for use in (open_cache, check_cache):
+        with pytest.raises(UsageError, match=r"train-images.npy is damaged: its SHA-256"):
+            use(tmp_path, "cifar10")
     file.write_bytes(good[:-1])
     with pytest.raises(UsageError, match=f"has {len(good) - 1} bytes but should have {len(good)}"):
         open_cache(tmp_path, "cifar10")

@@ -369,3 +369,23 @@ def test_damage_inside_is_named(tmp_path: Path, line: str, word: str) -> None:
     file.write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(UsageError, match=rf"evaluation\.jsonl is damaged \(.*{word}"):
         read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_metric_that_is_no_number_is_a_failure_with_a_name(bad: float) -> None:
+    """One NaN stopped every table; now its row is a failed fine-tuning, and the others are compared as before."""
+
+    def row(seed: int, target: str, mse: float) -> EvaluationRow:
+        metrics = {"mse": mse, "loss": mse}
+        return EvaluationRow(
+            start=FINAL, inner_steps=1, method="m", label="m", seed=seed, target=target, steps=3, metrics=metrics
+        )
+
+    rows = [row(0, "a", 1.0), row(1, "a", 3.0), row(0, "b", bad)]
+    assert rows[2].metrics == {}
+    assert "test mse of 'b'" in str(rows[2].error)
+    assert EvaluationRow.from_json(rows[2].to_json()) == rows[2]
+    summary = summary_table(rows)
+    assert summary.lines[0].targets["a"].mean == 2.0
+    assert "b" not in summary.lines[0].targets
+    assert any("b" in note for note in summary.notes)

@@ -15,7 +15,7 @@ from tests.helpers.jobs import run_jobs_here
 from trajshift.errors import UsageError
 from trajshift.runs.collect_rows import read_evaluation
 from trajshift.runs.job import Job
-from trajshift.runs.sweep import Point, Result, beyond, ends, grid_jobs, parse_grid, points_of, run_sweep
+from trajshift.runs.sweep import Point, Result, beyond, choose, ends, grid_jobs, parse_grid, points_of, run_sweep
 from trajshift.task import Task
 
 PEAKS = {"reptile": 3.0, "leap": 0.02, "mtl": 0.1}
@@ -185,3 +185,20 @@ def test_joint_training_has_no_meta_lr_in_any_grid(recipe: str, tmp_path: Path) 
         0.5,
         None,
     ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_result_that_is_no_number_is_never_chosen(bad: float) -> None:
+    results = [
+        Result(point=(("meta_lr", rate),), value=value, seeds=1, inner_steps=1)
+        for rate, value in (("0.1", bad), ("0.2", -0.5), ("0.5", -0.1), ("1", bad))
+    ]
+    assert dict(choose(results)[""].point) == {"meta_lr": "0.5"}
+    assert choose(results[:1]) == {}
+
+
+def test_a_file_that_is_no_choice_of_a_sweep_is_not_replaced(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("my notes")
+    with pytest.raises(UsageError, match=r"sweep\.json is not the choice of a sweep"):
+        run_sweep(recipe, ["meta_lr=0.1,0.2"], output=tmp_path)
+    assert (tmp_path / "sweep.json").read_text() == "my notes"

@@ -74,7 +74,7 @@ def prepare(
     """
     from trajshift.cli.commands import split_words
     from trajshift.data.registry import find
-    from trajshift.recipes.yaml_text import parse_value
+    from trajshift.recipes.yaml_text import as_written, parse_value
 
     names, settings = split_words(words)
     if not names:
@@ -87,6 +87,7 @@ def prepare(
     if len(wholes) > 1 and any(text.startswith("hub=") for text in settings):
         raise UsageError(f"hub= is one repository, but {len(wholes)} data sets are named; name one")
     fields = {field: parse_value(value) for field, _, value in (text.partition("=") for text in settings)}
+    fields = {field: value if field == "size" else as_written(value) for field, value in fields.items()}
 
     from trajshift.data.cache_writer import prepare_cache
     from trajshift.utils.files import disk_errors

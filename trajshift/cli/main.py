@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -97,7 +98,8 @@ def train(
     from trajshift.recipes.recipe import find, load, to_yaml
     from trajshift.runs.directory import run_name
 
-    overrides = [*(overrides or []), *([f"output.name={name}"] if name else [])]
+    given = [] if name is None else [f"output.name={json.dumps(name, ensure_ascii=False)}"]
+    overrides = [*(overrides or []), *given]
     loaded = load(recipe, overrides)
     if print_config:
         typer.echo(to_yaml(loaded), nl=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +26,10 @@ from torch import Tensor
 from trajshift.data.registry import DataSet, differences, find
 from trajshift.data.sources import ImageData, MappedSource
 from trajshift.errors import UsageError, first_line
+from trajshift.utils.files import parsed_json, replace_file
 
 MANIFEST = "manifest.json"
+VERIFIED = "verified.json"
 SPLITS = ("train", "test")
 FILES = tuple(f"{split}-{part}.npy" for split in SPLITS for part in ("images", "labels"))
 
@@ -58,6 +61,7 @@ def open_cache(root: str | Path, name: str, size: int | None = None) -> ImageDat
             places, renumbered = members_only(labels, entry.members)
             source = MappedSource(source.path, renumbered, places)
         sources[split] = source
+    _verify(folder, manifest)
     if entry.members is not None:
         names = tuple(names[number] for number in entry.members)
     return ImageData(train=sources["train"], test=sources["test"], outputs=len(names), class_names=names)
@@ -151,7 +155,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not a manifest; says why.
     """
-    manifest = json.loads(text)
+    manifest = parsed_json(text)
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} is not a mapping")
     wrong = [field for field, kind in _FIELDS.items() if not isinstance(manifest.get(field), kind)]
@@ -183,6 +187,41 @@ def _unreadable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"cannot read {error.filename or path} ({error.strerror}); fix its permissions or its disk")
 
 
+def _verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the files with their checksums, those again that were written since it was last done.
+
+    The sizes and times of files that were found intact are kept in the cache's VERIFIED, if that can be written.
+
+    Raises:
+        UsageError: names the file that was changed.
+    """
+    stamps = {}
+    try:
+        kept = parsed_json((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        kept = None
+    for name in FILES:
+        state = (folder / name).stat()
+        stamps[name] = [manifest["files"][name]["sha256"], state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if not (isinstance(kept, dict) and kept.get(name) == stamps[name]):
+            _compare(folder / name, manifest)
+    if kept != stamps:
+        with suppress(OSError):  # a folder that cannot be written, or another rank that does the same
+            replace_file(folder / VERIFIED, json.dumps(stamps))
+
+
+def _compare(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a file of a cache that has another checksum than its manifest states."""
+    try:
+        found = checksum(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if found != manifest["files"][file.name]["sha256"]:
+        raise UsageError(
+            f"{file} is damaged: its SHA-256 is not the one written when it was made; {_anew(file.parent, manifest)}"
+        )
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file of any size."""
     state = sha256()
@@ -202,13 +241,5 @@ def check_cache(root: Path, name: str) -> dict[str, Any]:
     folder = root / (entry.whole or name)
     manifest = read_manifest(folder, entry)
     for file in FILES:
-        try:
-            found = checksum(folder / file)
-        except OSError as error:
-            raise _unreadable(folder / file, error) from error
-        if found != manifest["files"][file]["sha256"]:
-            raise UsageError(
-                f"{folder / file} is damaged: its SHA-256 is not the one written when it was made;"
-                f" {_anew(folder, manifest)}"
-            )
+        _compare(folder / file, manifest)
     return manifest

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -15,18 +17,23 @@ from trajshift.data.resize import prepare_images
 from trajshift.data.sources import ArraySource, ImageData, numbered_classes
 from trajshift.errors import UsageError, first_line
 
+MAX_GIB = 4.0
+"""The largest size of all arrays, unpacked, that is loaded without `max_gib`."""
 
-def load_npz(path: str | Path, *, size: int | None = None, channels: int | None = None) -> ImageData:
+
+def load_npz(
+    path: str | Path, *, size: int | None = None, channels: int | None = None, max_gib: float = MAX_GIB
+) -> ImageData:
     """Images from an `.npz` file, held in memory as uint8.
 
     The file has `x_train` uint8 `[N, H, W, C]` or `[N, H, W]`, `y_train` integer `[N]`, `x_test`, `y_test`
     likewise and, optionally, `class_names` (one string per class). Nothing is unpickled. `size` and `channels`
-    are those of `prepare_images`.
+    are those of `prepare_images`. `max_gib`: a file whose arrays take more memory (GiB) is refused before it is read.
 
     Raises:
         UsageError: a file that is missing or not of this form; says which array and why.
     """
-    arrays = _read_npz(Path(path))
+    arrays = _read_npz(Path(path), max_gib)
     names = _checked_names(path, arrays)
     train_labels = _checked_labels(path, "y_train", arrays)
     class_names = numbered_classes(int(train_labels.max()), f"{path}: y_train") if names is None else names
@@ -50,11 +57,34 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
     return ImageData(train=sources["train"], test=sources["test"], outputs=outputs, class_names=class_names)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _refuse_what_is_too_large(path: Path, max_gib: float) -> None:
+    """Add up what the arrays state to be unpacked: in their headers, and in the archive's table."""
+    with zipfile.ZipFile(path) as archive:
+        total = 0
+        for entry in archive.infolist():
+            with archive.open(entry) as member:
+                total += max(entry.file_size, _stated_bytes(member))
+    if total > max_gib * 2**30:
+        raise UsageError(
+            f"{path}: its arrays take {total / 2**30:,.1f} GiB unpacked, and at most {max_gib:g} GiB are loaded into "
+            "memory; raise options.max_gib of the task (max_gib= in Python), or make a cache or an image folder of them"
+        )
+
+
+def _stated_bytes(member: IO[bytes]) -> int:
+    """The size of an array by its header."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    return math.prod(shape) * dtype.itemsize
+
+
+def _read_npz(path: Path, max_gib: float) -> dict[str, np.ndarray]:
     wanted = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of an .npz file")
     try:
+        _refuse_what_is_too_large(path, max_gib)
         # Opened here, because numpy leaves a file that is not an archive open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in wanted if name not in archive]
@@ -75,6 +105,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         TypeError,
         zipfile.BadZipFile,
         zlib.error,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
     ) as error:
         raise UsageError(
             f"{path}: not a readable .npz file of plain arrays ({first_line(error)}); write it again"

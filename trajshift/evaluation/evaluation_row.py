@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,12 +86,23 @@ class EvaluationRow:
     """Digest of model, target and fine-tuning options."""
     phi: str | None = None
     """Digest of the file that phi was read from; None from scratch."""
+    data: str | None = None
+    """Digest of the target's data; None where it is not known, as in rows of version 0.1."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Test metrics by name; empty where the fine-tuning broke down."""
+    """Test metrics by name, all finite; empty where the fine-tuning broke down or a metric is not finite."""
     error: str | None = None
     """Why the fine-tuning broke down."""
     run: str | None = None
     """Name of the run directory that the row was read from; not written, as the file is in it."""
+
+    def __post_init__(self) -> None:
+        bad = {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
+        for name, value in bad.items():
+            # A number that is none would win comparisons and stop every table.
+            sentence = f"test {name} of {self.target!r} is {value}; look for such values in its test set, or lower lr"
+            object.__setattr__(self, "error", self.error or sentence)
+            object.__setattr__(self, "metrics", {})
+            break
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -100,7 +112,7 @@ class EvaluationRow:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Two rows with this in common hold the same numbers."""
-        return (*self.place, self.seed, self.setting, self.phi)
+        return (*self.place, self.seed, self.setting, self.phi, self.data)
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object, its keys in the order of the files."""
@@ -114,6 +126,7 @@ class EvaluationRow:
             "section": self.section,
             "phi": self.phi,
             "setting": self.setting,
+            **({} if self.data is None else {"data": self.data}),
             "target": self.target,
             "train_images": self.train_images,
             "steps": self.steps,
@@ -129,6 +142,9 @@ class EvaluationRow:
             UsageError: the starting point is unknown.
         """
         known = {name: row[name] for name in _OTHER_FIELDS if name in row}
+        for name, value in known.items():
+            if isinstance(value, bool) or not isinstance(value, _OTHER_FIELDS[name]):
+                raise UsageError(f"{name} is {str(value)[:80]!r}")
         metrics = {
             name: float(value)
             for name, value in row.items()
@@ -143,4 +159,8 @@ JSON_FIELDS: Mapping[str, Any] = {
     "checkpoint": (str, int), "target": str, "steps": int, "seed": int, "inner_steps": int, "method": str,
 }  # fmt: skip
 """What every row in a file has: field -> type, or a tuple of types."""
-_OTHER_FIELDS = ("label", "train_images", "images", "section", "setting", "phi", "error", "run")
+_OTHER_FIELDS: Mapping[str, Any] = {
+    "label": str, "train_images": (int, type(None)), "images": (int, type(None)), "section": str,
+    "setting": (str, type(None)), "phi": (str, type(None)), "data": (str, type(None)), "error": (str, type(None)),
+    "run": (str, type(None)),
+}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,10 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from trajshift.errors import UsageError
-from trajshift.utils.files import replace_file
+from trajshift.errors import UsageError, first_line
+from trajshift.utils.files import parsed_json, replace_file, safetensors_header, shortened
 
 METADATA_KEY = "trajshift"
+_DIGEST, _ZEROS = "sha256", "0" * 64
+_SEALED = {"sealed": True}
+"""In the metadata of every file with a digest, so that a damaged digest is not taken for none."""
+_DIGEST_FORM = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')
+_SEALED_FORM = re.compile(rb'\\"sealed\\": true')
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -54,15 +60,52 @@ class Initialization(Mapping[str, Tensor]):
         return state.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The safetensors file: its bytes depend on the tensors and `about` alone (no date, no path)."""
+        """The safetensors file: its bytes depend on the tensors and `about` alone (no date, no path).
+
+        Its metadata has the SHA-256 of the file as it is with zeros in that place.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.items()}
-        return serialize(tensors, {METADATA_KEY: json.dumps(self.about, sort_keys=True)})
+        about = {**self.about, **_SEALED, _DIGEST: _ZEROS}
+        return _sealed(serialize(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)}))
 
     def save(self, path: str | Path) -> Path:
         """Writes the safetensors file, in one move."""
         path = Path(path)
         replace_file(path, self.to_bytes())
         return path
+
+
+def _sealed(content: bytes) -> bytes:
+    """A file with zeros in place of its digest, with the digest."""
+    found = _DIGEST_FORM.search(content)
+    assert found is not None
+    digest = sha256(content).hexdigest().encode()
+    return content[: found.start(1)] + digest + content[found.end(1) :]
+
+
+def _check_digest(path: Path) -> None:
+    """Compare a file with the digest in its metadata, if it has one.
+
+    Raises:
+        UsageError: the file was changed since it was written.
+    """
+    header = safetensors_header(path)
+    found = _DIGEST_FORM.search(header)
+    if found is None and _SEALED_FORM.search(header) is None:
+        return  # of version 0.1, or weights from elsewhere
+    if found is not None:
+        state = sha256(len(header).to_bytes(8, "little"))
+        state.update(header[: found.start(1)] + _ZEROS.encode() + header[found.end(1) :])
+        with open(path, "rb") as file:
+            file.seek(8 + len(header))
+            while block := file.read(2**20):
+                state.update(block)
+        if state.hexdigest().encode() == found[1]:
+            return
+    raise UsageError(
+        f"{path} is damaged: its SHA-256 is not the one that was written with it; put the file back, or delete it and "
+        "resume its run, which writes it again"
+    )
 
 
 def is_statistic(name: str) -> bool:
@@ -120,12 +163,33 @@ def load_initialization(path: str | Path, model: nn.Module | None = None) -> Ini
     if not path.is_file():
         raise UsageError(f"no initialization at {path}; give the path of a .safetensors file")
     try:
+        _check_digest(path)
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            about = _about((file.metadata() or {}).get(METADATA_KEY, "{}"))
             found = Initialization({name: file.get_tensor(name) for name in list(file.keys())}, about)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file ({error}); save it again") from error
+    except UsageError:
+        raise
+    except (SafetensorError, ValueError, OSError, MemoryError) as error:
+        reason = shortened(first_line(error), 200)
+        raise UsageError(f"{path} is not a readable safetensors file ({reason}); save it again") from error
     return found if model is None else fill(model, found)
+
+
+def _about(text: str) -> dict[str, Any]:
+    """What the metadata of a file says about it.
+
+    Raises:
+        ValueError: it is not a mapping with a whole number as `step` and names as `heads`, where it has these.
+    """
+    about = parsed_json(text)
+    if not isinstance(about, dict):
+        raise ValueError("its metadata is not a mapping")
+    heads = about.get("heads", [])
+    if not isinstance(about.get("step", 0), int):
+        raise ValueError(f"its metadata has step {shortened(repr(about['step']))}")
+    if not isinstance(heads, (list, tuple)) or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"its metadata has heads {shortened(repr(heads))}")
+    return {name: value for name, value in about.items() if name not in (_DIGEST, *_SEALED)}
 
 
 def fill(module: nn.Module, initialization: Mapping[str, Tensor]) -> Match:

@@ -13,7 +13,7 @@ from pathlib import Path
 from trajshift.data.augmentation import image_task
 from trajshift.data.cache_reader import open_cache
 from trajshift.data.digits import load_digits
-from trajshift.data.npz import load_npz
+from trajshift.data.npz import MAX_GIB, load_npz
 from trajshift.data.registry import find
 from trajshift.data.sources import ImageData, class_balanced_subset, subset
 from trajshift.errors import UsageError, nearest
@@ -96,8 +96,12 @@ def resolved(task: TaskRecipe, data: DataRecipe) -> TaskRecipe:
 
 
 def _npz(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:
-    _no_options(name, task)
-    return load_npz(Path(data.root).expanduser() / place, size=task.size, channels=task.channels)
+    limit = task.options.get("max_gib", MAX_GIB)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise UsageError(f"task {name!r}: options.max_gib is {limit!r}; use a number of GiB")
+    _no_options(name, replace(task, options={k: v for k, v in task.options.items() if k != "max_gib"}))
+    path = Path(data.root).expanduser() / place
+    return load_npz(path, size=task.size, channels=task.channels, max_gib=limit)
 
 
 def _digits(name: str, place: str, task: TaskRecipe, data: DataRecipe) -> ImageData:

@@ -34,6 +34,7 @@ from trajshift.settings import (
     at_least,
     one_of,
 )
+from trajshift.utils.files import shortened
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -235,12 +236,39 @@ def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
     """A checked `Recipe` from plain mappings; the first fault is reported in one sentence that starts with `where`."""
     from pydantic import TypeAdapter, ValidationError
 
-    data = put_in_sections(data, where)
+    data = _with_names(put_in_sections(data, where))
     try:
         # through JSON, because strict there still builds dataclasses from mappings, and never reads true as 1
         return TypeAdapter(Recipe).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise UsageError(f"{where}: {_sentence(error)}") from None
+
+
+_NAMES = (
+    "method", "head", "shared", "renew", "train_on", "initialization", "model.name", "data.root", "output.directory",
+    "output.name", "execution.device", "meta.gradient", "meta.carry",
+)  # fmt: skip
+"""Fields that are words or lists of words, in which `1` or `true` is a name."""
+
+
+def _with_names(data: dict[str, Any]) -> dict[str, Any]:
+    """The plain mapping of a recipe with words, as they were written, where only words can be."""
+    from trajshift.recipes.yaml_text import as_written
+
+    data = dict(data)
+    for name in _NAMES:
+        section, _, field = name.rpartition(".")
+        owner = data
+        if section and isinstance(data.get(section), dict):
+            owner = data[section] = dict(data[section])
+        elif section:
+            continue
+        value = owner.get(field)
+        if isinstance(value, list):
+            owner[field] = ["null" if one is None else as_written(one) for one in value]
+        elif value is not None:
+            owner[field] = as_written(value)
+    return data
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -325,7 +353,7 @@ def _sentence(error: ValidationError) -> str:
         owner = _class_at(path[:-1])
         known = [entry.name for entry in fields(owner)] + ([] if path[:-1] else list(SHORT_NAMES))
         section = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
-        return f"unknown field {path[-1]!r}{section}{nearest(path[-1], known)}"
+        return f"unknown field {shortened(path[-1])!r}{section}{nearest(shortened(path[-1]), known)}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
         section = ".".join(path)
@@ -335,7 +363,7 @@ def _sentence(error: ValidationError) -> str:
             path = path[:depth]  # the rest names the branch of a union that was tried, not a field
             break
     wish = fault["msg"].removeprefix("Input ").replace("an object", "a mapping of fields")
-    return f"{'.'.join(path)} is {fault['input']!r}; it {wish}"
+    return f"{shortened('.'.join(path))} is {shortened(repr(fault['input']), 200)}; it {wish}"
 
 
 def _class_at(path: list[str]) -> type:

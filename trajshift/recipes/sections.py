@@ -18,6 +18,8 @@ from trajshift.errors import UsageError, nearest
 from trajshift.settings import FORBID_UNKNOWN, at_least, positive
 
 SOURCE_KINDS = ("npz", "digits", "hf", "cache", "hub")
+MAX_NAME = 200
+"""Bytes of the longest name of a run or a task: file systems allow 255, and file names add to it."""
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -163,6 +165,12 @@ class OutputRecipe:
         at_least("checkpoint_every", self.checkpoint_every, 1, "step")
         at_least("keep", self.keep, 1, "checkpoint")
         at_least("error_every", self.error_every, 1, "step")
+        if self.name in (".", ".."):
+            raise UsageError(f"name is {self.name!r}, which is a folder that exists; choose a name for the run")
+        if self.name is not None and len(self.name.encode()) > MAX_NAME:
+            raise UsageError(
+                f"name is {self.name[:20] + '...'!r}, {len(self.name)} letters long; use at most {MAX_NAME} bytes"
+            )
         if self.name is not None and not re.fullmatch(r"[\w.,=+-]+", self.name):
             raise UsageError(
                 f"name is {self.name!r}; use letters, digits and any of . , = + - _ (output.directory sets the folder)"
@@ -183,5 +191,9 @@ def check_image_fields(fields: DataRecipe | TaskRecipe) -> None:
 def check_task_names(section: str, names: Collection[str]) -> None:
     """Refuse task names that an override could not address or a file name could not contain."""
     for name in names:
+        if len(name) > MAX_NAME:
+            raise UsageError(
+                f"task name {name[:20] + '...'!r} in {section} is {len(name)} letters long; use at most {MAX_NAME}"
+            )
         if not NAME.fullmatch(name):
             raise UsageError(f"task name {name!r} in {section} may hold letters, digits, _ and - only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load
 from trajshift.runs.collect_rows import distinct
 from trajshift.runs.labels import labels_of
-from trajshift.utils.files import read_jsonl
+from trajshift.utils.files import parsed_json, read_jsonl, shortened
+from trajshift.utils.seals import check_seals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +49,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             path=path,
             label=labels[path],
             recipe=recipe,
-            metrics=read_jsonl(path / "metrics.jsonl", {"step": int, "inner_steps": int, "tasks": dict}),
-            timing=read_jsonl(path / "timing.jsonl"),
+            metrics=_metrics(path / "metrics.jsonl", {"step": int, "inner_steps": int, "tasks": dict}),
+            timing=read_jsonl(path / "timing.jsonl", {"step": int, "seconds": (int, float)}),
             environment=_read_json(path / "environment.json"),
             choices=_read_json(path / "choices.json"),
         )
@@ -58,14 +58,44 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     ]
 
 
+def _metrics(file: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, compared with their digests.
+
+    Raises:
+        UsageError: a row was changed, or something in it is not the number that it should be.
+    """
+    check_seals(file)
+    rows = read_jsonl(file, fields)
+    for number, row in enumerate(rows, 1):
+        readings = row.get("approximation_errors", [])
+        groups = [*row["tasks"].values(), *(readings if isinstance(readings, list) else [None])]
+        numbers = [row.get("meta_update_norm")]
+        for group in groups:
+            numbers += [value for key, value in group.items() if key != "task"] if isinstance(group, dict) else [group]
+        wrong = [
+            value for value in numbers if isinstance(value, bool) or not isinstance(value, (int, float, type(None)))
+        ]
+        wrong += [group for group in groups if not isinstance(group, dict)]
+        if wrong:
+            raise UsageError(
+                f"{file} is damaged (line {number} has {shortened(repr(wrong[0]))} in place of a number); "
+                "fix or delete the line"
+            )
+    return rows
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed_json(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a mapping")
+        if not isinstance(content.get("earlier_starts", []), list):
+            raise ValueError("earlier_starts is not a list")
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}); delete it to continue without it") from None
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def task_names(run: Run) -> list[str]:

@@ -16,6 +16,7 @@ from trajshift.runs.labels import labels_of
 from trajshift.runs.starting_points import current_digests
 from trajshift.utils.dotted_names import is_within
 from trajshift.utils.files import append_row, read_jsonl
+from trajshift.utils.seals import add_seal, check_seals
 
 FILE = "evaluation.jsonl"
 
@@ -27,6 +28,7 @@ def read_evaluation(path: Path | str) -> list[EvaluationRow]:
         UsageError: the file is damaged.
     """
     file = Path(path) / FILE
+    check_seals(file)
     rows = []
     for number, row in enumerate(read_jsonl(file, JSON_FIELDS), 1):
         try:
@@ -38,6 +40,7 @@ def read_evaluation(path: Path | str) -> list[EvaluationRow]:
 
 def append_evaluation(path: Path, row: EvaluationRow) -> None:
     """Adds a row to a run's evaluation.jsonl."""
+    add_seal(path / FILE, (json.dumps(row.to_json()) + "\n").encode())
     append_row(path / FILE, row.to_json())
 
 

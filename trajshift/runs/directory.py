@@ -22,12 +22,21 @@ from typing import Any, BinaryIO
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load, to_yaml
 from trajshift.runs.resume import check_boundary, resumed_recipe
-from trajshift.utils.files import read_jsonl, replace_file, write_json
+from trajshift.training.checkpoint_files import MANIFEST, checkpoint_folders
+from trajshift.utils.files import parsed_json, read_jsonl, replace_file, safetensors_header, write_json
+from trajshift.utils.seals import add_seal, check_seals, renew_seals, seal_file
 
 
 def run_name(recipe: Recipe, source: str) -> str:
     """The name of the run directory: output.name, or recipe, method and seed."""
     return recipe.output.name or f"{source}-{recipe.method}-seed{recipe.seed}"
+
+
+OWN_FILES = (
+    "recipe.yaml", "environment.json", "choices.json", "metrics.jsonl", "timing.jsonl", "evaluation.jsonl", "data.json",
+    "checkpoints", "initialization.safetensors", "tensorboard",
+)  # fmt: skip
+"""What a run writes into its folder."""
 
 
 class RunDirectory:
@@ -44,7 +53,35 @@ class RunDirectory:
         if not (self.path / "recipe.yaml").is_file():
             return False
         metrics = self.path / "metrics.jsonl"
-        return self.checkpoints.is_dir() or (metrics.exists() and metrics.stat().st_size > 0)
+        return bool(checkpoint_folders(self.checkpoints)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+    def refuse_what_is_not_ours(self) -> None:
+        """Refuse a folder with files of the names that a run writes, which no run has written.
+
+        A run writes environment.json before anything else. Without it a folder is a run's only if it has checkpoints.
+
+        Raises:
+            UsageError: names the first such file, or a link inside the folder that leads out of it.
+        """
+        for name in OWN_FILES:
+            file = self.path / name
+            if file.is_symlink() and (file.is_file() or file.is_dir() or not file.exists()):
+                raise UsageError(f"{self.path / name} is a link, and a run does not write through it; remove the link")
+        there = [name for name in OWN_FILES if (self.path / name).is_file() or (self.path / name).is_dir()]
+        if there and not self._is_ours():
+            raise UsageError(
+                f"{self.path / there[0]} is there already and was not written by trajshift; choose another --name or "
+                "output.directory, or move the file"
+            )
+
+    def _is_ours(self) -> bool:
+        if any((folder / MANIFEST).is_file() for folder in checkpoint_folders(self.checkpoints).values()):
+            return True
+        try:
+            environment = parsed_json((self.path / "environment.json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(environment, dict) and {*environment} >= {"python", "packages"}
 
     @property
     def checkpoints(self) -> Path:
@@ -93,10 +130,9 @@ class RunDirectory:
     def initialization_step(self) -> int | None:
         """The inner steps behind initialization.safetensors, from its header; None where there is none."""
         try:
-            with open(self.initialization, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            return int(json.loads(header["__metadata__"]["trajshift"])["step"])
-        except (OSError, ValueError, KeyError):
+            header = parsed_json(safetensors_header(self.initialization))
+            return int(parsed_json(header["__metadata__"]["trajshift"])["step"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def lock(self) -> None:
@@ -129,9 +165,9 @@ class RunDirectory:
         """Write what this start runs on, after what earlier ones ran on, and the choices that were resolved."""
         path = self.path / "environment.json"
         try:
-            now = json.loads(path.read_text(encoding="utf-8"))
+            now = parsed_json(path.read_bytes())
             earlier = [*now.pop("earlier_starts", []), now]
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, TypeError):
             earlier = []
         details = {**details, "earlier_starts": earlier} if earlier else details
         write_json(path, details)
@@ -143,7 +179,7 @@ class RunDirectory:
         """Forget the rows written after the checkpoint at `step`, half-written lines included.
 
         Raises:
-            UsageError: metrics.jsonl is shorter than it was when the checkpoint was made.
+            UsageError: metrics.jsonl is shorter than it was when the checkpoint was made, or a row was changed.
         """
         metrics = self.path / "metrics.jsonl"
         length = metrics.stat().st_size if metrics.exists() else 0
@@ -152,8 +188,11 @@ class RunDirectory:
                 f"{metrics} has {length} bytes, but had {metrics_bytes} at the checkpoint of step {step}; "
                 "put the file back"
             )
+        check_seals(metrics, metrics_bytes)
         if metrics.exists():
             os.truncate(metrics, metrics_bytes)
+            if seal_file(metrics).exists():
+                renew_seals(metrics)
         timing = self.path / "timing.jsonl"
         kept = [row for row in self._timing() if row["step"] <= step]
         if timing.exists():
@@ -176,7 +215,9 @@ class RunDirectory:
         """Append one row to metrics.jsonl and one to timing.jsonl."""
         if self._metrics is None:
             self._metrics = open(self.path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by unlock
-        self._metrics.write((json.dumps(metrics) + "\n").encode())
+        line = (json.dumps(metrics) + "\n").encode()
+        add_seal(self.path / "metrics.jsonl", line)
+        self._metrics.write(line)
         self._metrics.flush()
         with open(self.path / "timing.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(timing) + "\n")

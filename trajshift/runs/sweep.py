@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from trajshift.runs.directory import run_name
 from trajshift.runs.job import Job
 from trajshift.runs.pool import run_jobs
 from trajshift.settings import at_least
-from trajshift.utils.files import disk_errors, write_json
+from trajshift.utils.files import disk_errors, parsed_json, write_json
 from trajshift.utils.processes import cores
 from trajshift.utils.terminal import console, print_table
 
@@ -145,15 +145,20 @@ def _sweep(recipe: str, grid: Mapping[str, Sequence[str]], folder: Path, jobs: i
 
 def _refuse_to_replace(file: Path, grid: Mapping[str, Sequence[str]]) -> None:
     """Refuses to write over the choice of a sweep that tried what this one does not."""
+    if not file.exists():
+        return
     try:
-        old: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))["grid"]
+        old: dict[str, list[str]] = parsed_json(file.read_bytes())["grid"]
         lost = {
             field: values
             for field, values in old.items()
             if field in _varied(old) and not {*values} <= {*grid.get(field, ())}
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{file} is not the choice of a sweep ({error}), and would be overwritten; move it, or choose another"
+            " --output folder"
+        ) from None
     if lost:
         words = " ".join(f"{field}={','.join(values)}" for field, values in lost.items())
         raise UsageError(
@@ -238,7 +243,10 @@ def _mean(recipe: Recipe, rows: Sequence[EvaluationRow]) -> tuple[float, str]:
         if row is None or row.error is not None:
             return 0.0, f"{name} was not fine-tuned" if row is None else str(row.error)
         found = row.metrics
-        values.append(found["accuracy"] if "accuracy" in found else -found.get("mse", found["loss"]))
+        metric = next((metric for metric in ("accuracy", "mse", "loss") if metric in found), None)
+        if metric is None:
+            return 0.0, f"{name} has no accuracy, mse or loss to choose by; let its metrics return one of them"
+        values.append(found[metric] if metric == "accuracy" else -found[metric])
     return sum(values) / len(values), ""
 
 
@@ -247,7 +255,9 @@ def choose(results: Sequence[Result]) -> dict[str, Result]:
     best: dict[str, Result] = {}
     for result in results:
         method = dict(result.point).get("method", "")
-        if result.value is not None and (method not in best or result.value > (best[method].value or 0.0)):
+        if result.value is None or not math.isfinite(result.value):
+            continue
+        if method not in best or result.value > (best[method].value or 0.0):
             best[method] = result
     return best
 

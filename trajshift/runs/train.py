@@ -5,7 +5,6 @@ The numbers come from `MetaTrainer`; this module only decides when to log, when 
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -30,7 +29,7 @@ from trajshift.training import checkpoint
 from trajshift.training.checkpoint_files import manifest_of
 from trajshift.training.trainer import Event
 from trajshift.utils.environment import environment
-from trajshift.utils.files import disk_errors
+from trajshift.utils.files import disk_errors, parsed_json
 from trajshift.utils.progress import Progress
 
 POLL_EVERY = 5
@@ -71,8 +70,8 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
 def kernels_of(path: Path) -> str:
     """The kernels, `fused` or `eager`, that a run began with; one of a version without fused kernels keeps to eager."""
     try:
-        return str(json.loads((path / "choices.json").read_text(encoding="utf-8")).get("kernels", EAGER))
-    except (OSError, ValueError):
+        return str(parsed_json((path / "choices.json").read_bytes()).get("kernels", EAGER))
+    except (OSError, ValueError, AttributeError):
         return EAGER
 
 
@@ -106,8 +105,8 @@ class _Run:
         """Start or resume, train, and finish."""
         self._resume()
         if self.first:
-            self.directory.write_recipe(self.recipe)
             self.directory.write_environment(self._environment(), self.trainer.describe())
+            self.directory.write_recipe(self.recipe)
             self.seconds = self.directory.seconds()
             self.board = self._tensorboard()
         title = f"{self.directory.path.name} ({self.trainer.method.name})"
@@ -134,6 +133,7 @@ class _Run:
         if self.first:
             try:
                 self.directory.lock()
+                self.directory.refuse_what_is_not_ours()
             except (OSError, UsageError) as error:
                 failure = error
         if self.world.any(failure is not None):

@@ -21,10 +21,10 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from trajshift.errors import UsageError
+from trajshift.errors import UsageError, first_line
 from trajshift.learners.learner import OWN
 from trajshift.training.approximation_error import joined
-from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders
+from trajshift.training.checkpoint_files import MANIFEST, SHARED, checkpoint_folders, manifest_of
 from trajshift.training.meta_step import MetaStep
 from trajshift.utils.files import write_to_disk
 
@@ -197,10 +197,10 @@ def verify(path: Path) -> dict[str, Any]:
         UsageError: names the checkpoint and the damaged or missing file.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        manifest = manifest_of(path)
         files, intact = manifest["files"].items(), manifest["checksum"] == _digest(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"checkpoint {path} has no readable {MANIFEST} ({error}); use another one") from error
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{first_line(error).removesuffix('; delete it')}; use another one") from error
     damaged = [MANIFEST] if not intact else [name for name, digest in files if _sha256(path / name) != digest]
     if damaged:
         raise UsageError(f"checkpoint {path} is damaged: {damaged[0]} is missing or changed; use another one")

@@ -14,6 +14,40 @@ from typing import Any
 
 from trajshift.errors import UsageError
 
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the safetensors format allows."""
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: says why in a few words, whatever is wrong: not JSON, too deep, too many digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except UnicodeDecodeError:
+        raise ValueError("cannot decode it as UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+
+
+def safetensors_header(path: Path) -> bytes:
+    """The JSON at the beginning of a safetensors file.
+
+    Raises:
+        ValueError: the length that it states cannot be right.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
+            raise ValueError("its header is longer than the file")
+        return file.read(length)
+
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Adds one row; a half-written last line left by a crash is cut off first."""
@@ -25,23 +59,8 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
         stream.write((json.dumps(row) + "\n").encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file; a half-written last line is left out, and a missing file has none."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}") from None
-    return rows
-
-
 def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file.
+    """The complete rows of a .jsonl file; a half-written last line is left out, and a missing file has none.
 
     Args:
         file: one mapping per line.
@@ -50,19 +69,34 @@ def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> 
     Raises:
         UsageError: the file is damaged; says where, and what to do.
     """
-    try:
-        rows = read_rows(file)
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}); fix or delete the line") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UsageError(f"{file} is damaged (line {number} is not a mapping); fix or delete the line")
-        for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
-                raise UsageError(
-                    f"{file} is damaged ({name} in line {number} is {row.get(name)!r}); fix or delete the line"
-                )
+    if not file.exists():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = parsed_json(line)
+        except ValueError as error:
+            raise UsageError(f"{file} is damaged (line {number}: {error}); fix or delete the line") from None
+        if fault := _fault(row, fields, number):
+            raise UsageError(f"{file} is damaged ({fault}); fix or delete the line")
+        rows.append(row)
     return rows
+
+
+def _fault(row: Any, fields: Mapping[str, Any], number: int) -> str | None:
+    """What a row lacks, in a few words; None where it has these fields."""
+    if not isinstance(row, dict):
+        return f"line {number} is not a mapping"
+    for name, kind in fields.items():
+        value = row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return f"{name} in line {number} is {shortened(repr(value))}"
+    return None
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text of at most about `length` letters, for a sentence."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -104,7 +138,17 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
                 f"no space left on the disk of {path}; free some and continue with: "
                 f"{again or f'trajshift train --resume {path}'}"
             ) from error
-        refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR)
+        refused = (
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EEXIST,
+            errno.ENOENT,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        )
         if code in refused or "os error 13" in text:  # as safetensors words it
             raise UsageError(f"cannot write to {path}: {text}; choose another {option}") from error
         raise
