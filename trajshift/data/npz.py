@@ -102,8 +102,8 @@ def _check_classes(
         )
     elif split == "test" and (absent := sorted(set(np.unique(labels).tolist()) & set(empty))):
         raise UsageError(
-            f"{path}: class {class_names[absent[0]]!r} has {np.sum(labels == absent[0])} test images but no training image;"
-            " add training images of it, or remove its test images"
+            f"{path}: class {class_names[absent[0]]!r} has {np.sum(labels == absent[0])} test images but no training"
+            " image; add training images of it, or remove its test images"
         )
 
 
@@ -139,8 +139,8 @@ def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray
             alpha = " without the fourth channel, if that is alpha" if first == 4 else ""
             raise UsageError(f"{path}: {name} has shape {shape}, channels first; use [N, H, W, C]{alpha}")
         print(
-            f"warning: {path}: {name} has shape {shape}, which is read as {shape[3]} channels per image, all of which the"
-            " model sees; if the fourth is alpha (RGBA), drop it",
+            f"warning: {path}: {name} has shape {shape}, which is read as {shape[3]} channels per image, all of which"
+            " the model sees; if the fourth is alpha (RGBA), drop it",
             file=sys.stderr,
         )
     return images
