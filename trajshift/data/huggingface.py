@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trajshift.data.decoded_images import DecodedImages, OpenedImages, check_test_classes, divided
-from trajshift.data.image_folder import TEST_SPLITS, Walk, open_image_folder
+from trajshift.data.folder_walk import Walk
+from trajshift.data.image_folder import TEST_SPLITS, FolderImages, open_image_folder
 from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes
 from trajshift.errors import UsageError, first_line, nearest
 
@@ -70,6 +71,15 @@ def load_hf(
         path_or_id, train=train, test=test, image=image, label=label, size=size, channels=channels, subset=subset,
         revision=revision,
     )  # fmt: skip
+    given = {
+        "image": image not in (None, "image"),
+        "label": label not in (None, "label"),
+        "subset": subset,
+        "revision": revision,
+    }
+    unused = [option for option, value in given.items() if value]
+    if unused and isinstance(opened.splits["train"], FolderImages):
+        raise UsageError(f"{path_or_id} is a folder of images, for which {unused[0]} has no meaning; drop it")
     for sentence in opened.notes:
         print(f"warning: {sentence}", file=sys.stderr)
     return image_data(opened, memory_bytes)
@@ -88,6 +98,11 @@ def open_images(
         if not walk.tables and (images_first or not _has_other_data(walk)):
             return open_image_folder(walk, str(path_or_id), train=train, test=test, size=size, channels=channels)
         if count := sum(1 for _ in walk.root.all_images()):
+            if walk.has_class_folders():
+                raise UsageError(
+                    f"{walk.folder} has class folders of images and parquet or arrow files too; move one of them out,"
+                    " or name the parquet files (*.parquet)"
+                )
             notes = (f"{walk.folder}: {count} image files are not used, because it has parquet or arrow files too",)
     splits = _open(path_or_id, subset, revision)
     if test == "auto":
@@ -287,6 +302,10 @@ def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
     if subset is not None and subset not in known:
         raise UsageError(f"{folder} has no configuration {subset!r}; set subset to one of {', '.join(known)}")
     builder = datasets.load_dataset_builder(folder, subset)
+    if any(
+        base.__name__ == "FolderBasedBuilder" for base in type(builder).__mro__
+    ):  # it would take splits and classes from the names of files
+        raise UsageError(f"{folder} has its images in archives or beside other files; unpack them into class folders")
     builder.download_and_prepare()
     opened: Mapping[str, Any] = builder.as_dataset()
     for split, images in opened.items():
