@@ -308,7 +308,7 @@ def test_a_missing_folder_is_never_another_projects_images(
         assert os.path.abspath(name) in str(caught.value)
         with pytest.raises(UsageError, match="no such file or folder") as caught:
             build_task("x", TaskRecipe(source=f"hf:{name}"), DataRecipe(root=str(tmp_path / "root [1]")))
-        assert os.path.abspath(tmp_path / "root [1]" / name) in str(caught.value).replace("[[]", "[")
+        assert os.path.abspath(tmp_path / "root [1]" / name) in str(caught.value)
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "owner" / "name", {"cat": 2, "dog": 2})  # where one stands, not in data.root
     with pytest.raises(UsageError, match="owner/name is a folder of the current directory, which is not"):

@@ -79,6 +79,11 @@ class Walk:
         inner = folders["train"].with_images() if "train" in folders else {}
         return any(sum(bool(kind.images) for kind in kinds.values()) > 1 for kinds in (folders, inner))
 
+    def has_other_data(self) -> bool:
+        """Whether there are files that `datasets` may read instead of images: archives, or lines of JSON or CSV."""
+        rows = (".csv", ".json", ".jsonl", ".tsv")
+        return self.archives > 0 or any(path.lower().endswith(rows) for path in self.passed.get("annotations", ()))
+
     def _read(self, path: str, above: tuple[str, ...]) -> Folder:
         found, here = Folder(path), (*above, os.path.realpath(path))
         try:

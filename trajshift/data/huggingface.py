@@ -95,7 +95,7 @@ def open_images(
     if folder is not None:
         walk = Walk(folder)
         images_first = walk.root.with_images() or walk.root.images
-        if not walk.tables and (images_first or not _has_other_data(walk)):
+        if not walk.tables and (images_first or not walk.has_other_data()):
             return open_image_folder(walk, str(path_or_id), train=train, test=test, size=size, channels=channels)
         if count := sum(1 for _ in walk.root.all_images()):
             if walk.has_class_folders():
@@ -131,12 +131,6 @@ def _folder(path_or_id: str | Path) -> Path | None:
     path = Path(path_or_id).expanduser()
     saved = any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
     return path if path.is_dir() and not saved else None
-
-
-def _has_other_data(walk: Walk) -> bool:
-    """Whether a folder without images has files that `datasets` may read: archives, or lines of JSON or CSV."""
-    rows = (".csv", ".json", ".jsonl", ".tsv")
-    return walk.archives > 0 or any(path.lower().endswith(rows) for path in walk.passed.get("annotations", ()))
 
 
 @contextmanager
@@ -263,7 +257,9 @@ def _parquet_files(path: Path) -> list[str]:
     """The parquet files that a path names, as it is written or as a pattern."""
     if path.suffix != ".parquet" or path.is_dir():
         return []
-    return [str(path)] if path.is_file() else sorted(glob(str(path)))
+    if path.is_file():
+        return [str(path)]
+    return sorted(glob(os.path.join(escape(str(path.parent)) if path.parent.is_dir() else str(path.parent), path.name)))
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -298,6 +294,10 @@ def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
     from pyarrow.parquet import read_schema
 
     datasets = _datasets()
+    if any(letter in folder for letter in "*?["):
+        raise UsageError(
+            f"{folder}: datasets reads * ? and [ in a path as a pattern; rename the folder, or name its files"
+        )
     known = datasets.get_dataset_config_names(folder)
     if subset is not None and subset not in known:
         raise UsageError(f"{folder} has no configuration {subset!r}; set subset to one of {', '.join(known)}")
