@@ -43,7 +43,7 @@ def load_npz(path: str | Path, *, size: int | None = None, channels: int | None 
                 f"{path}: labels in y_{split} run from {y.min()} to {y.max()}, but {known} has {outputs} classes;"
                 f" use 0 to {outputs - 1}{shift}"
             )
-        _check_classes(path, class_names, train_labels, y, split)
+        _check_classes(path, class_names, train_labels, y, split, named=names is not None)
         pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         images = prepare_images(pixels, size=size, channels=channels)
         sources[split] = ArraySource((images, torch.from_numpy(y)))
@@ -82,9 +82,15 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_classes(
-    path: str | Path, class_names: tuple[str, ...], train_labels: np.ndarray, labels: np.ndarray, split: str
+    path: str | Path,
+    class_names: tuple[str, ...],
+    train_labels: np.ndarray,
+    labels: np.ndarray,
+    split: str,
+    *,
+    named: bool,
 ) -> None:
-    """Report classes without a training image; refuse those that the test has images of."""
+    """Report class numbers that no training image has, unless classes are named; refuse those that the test has."""
     counts = np.bincount(train_labels, minlength=len(class_names))
     empty = np.flatnonzero(counts == 0).tolist()
     if split == "train" and counts[0] == 0 and counts[1:].all():
@@ -94,7 +100,7 @@ def _check_classes(
             " from all labels",
             file=sys.stderr,
         )
-    elif split == "train" and empty:
+    elif split == "train" and empty and not named:
         some = ", ".join(class_names[number] for number in empty[:3]) + (", ..." if empty[3:] else "")
         print(
             f"warning: {path}: {len(empty)} of {len(class_names)} classes have no training image ({some})",
