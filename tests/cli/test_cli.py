@@ -321,7 +321,7 @@ def test_mistakes_are_one_sentence(trajshift: Command, folder: Path, case: str) 
     write_npz(folder / "labels.npz", y_test=np.arange(8) + 2)
     write_npz(folder / "empty.npz", x_train=np.zeros((0, 8, 8, 1), np.uint8), y_train=np.zeros(0, np.int64))
     write_npz(folder / "single.npz", x_train=np.zeros((1, 8, 8, 1), np.uint8), y_train=np.zeros(1, np.int64),
-              class_names=np.array(list("abcd")))  # fmt: skip
+              y_test=np.zeros(8, np.int64), class_names=np.array(list("abcd")))  # fmt: skip
     np.savez(folder / "half.npz", x_train=np.zeros((1, 8, 8), np.uint8), y_train=np.zeros(1, np.int64))
     (folder / "own.py").write_text(
         "from torch import nn\n"

@@ -78,6 +78,27 @@ def test_parquet(tmp_path: Path) -> None:
     same(data.test, pictures(2, seed=1), [1, 0])
 
 
+@pytest.mark.parametrize("name", ["a [v2]", "a*", "what?"])
+def test_parquet_files_in_folders_with_characters_of_patterns(name: str, tmp_path: Path) -> None:
+    images = pictures(5)
+    for folder in (name, "a v", "ab", "a 2", "whats"):
+        both(images if folder == name else pictures(5, seed=9))["train"].to_parquet(
+            tmp_path / folder / "train-1.parquet"
+        )
+    same(load_hf(tmp_path / name / "train-1.parquet").train, images, [0, 1, 1, 0, 1])
+    same(load_hf(str(tmp_path / name / "train-*.parquet")).train, images, [0, 1, 1, 0, 1])
+    with pytest.raises(UsageError, match="as a pattern; rename the folder, or name its files"):
+        load_hf(tmp_path / name)
+
+
+def test_a_test_class_without_training_images_is_refused(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["cat", "dog", "eel"])
+    parts = {"train": made(pictures(3), [0, 1, 0], label), "test": made(pictures(3), [0, 2, 2], label)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="split 'test': class 'eel' has 2 test images but no training image"):
+        load_hf(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("layout", ["{split}/{name}", "{name}"])
 def test_folder_of_images(layout: str, tmp_path: Path) -> None:
     for split, seed in (("train", 0), ("validation", 1))[: 1 + layout.count("split")]:

@@ -152,12 +152,12 @@ class RawBatches:
         else:
             with seeded_cpu_generators(0):
                 batch = source.fetch(torch.tensor([0]))
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return
         if isinstance(batch, Mapping):
             form = f"mappings with {', '.join(map(repr, batch)) or 'nothing'}"
+        elif isinstance(batch, (tuple, list)) and len(batch) != 2:
+            form = f"{len(batch)} entries each"
         else:
-            form = f"{len(batch)} entries each" if isinstance(batch, (tuple, list)) else "a single entry each"
+            return
         raise UsageError(
             f"the {what} set of task {self.name!r} has examples that are {form}; give pairs (x, y), or give the task a"
             " loss of its own, called as loss(module, batch)"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trajshift.data.decoded_images import DecodedImages, OpenedImages, check_test_classes, divided
-from trajshift.data.image_folder import TEST_SPLITS, Walk, open_image_folder
+from trajshift.data.folder_walk import Walk
+from trajshift.data.image_folder import TEST_SPLITS, FolderImages, open_image_folder
 from trajshift.data.sources import ArraySource, DatasetSource, ImageData, Source, numbered_classes
 from trajshift.errors import UsageError, first_line, nearest
 
@@ -70,6 +71,15 @@ def load_hf(
         path_or_id, train=train, test=test, image=image, label=label, size=size, channels=channels, subset=subset,
         revision=revision,
     )  # fmt: skip
+    given = {
+        "image": image not in (None, "image"),
+        "label": label not in (None, "label"),
+        "subset": subset,
+        "revision": revision,
+    }
+    unused = [option for option, value in given.items() if value]
+    if unused and isinstance(opened.splits["train"], FolderImages):
+        raise UsageError(f"{path_or_id} is a folder of images, for which {unused[0]} has no meaning; drop it")
     for sentence in opened.notes:
         print(f"warning: {sentence}", file=sys.stderr)
     return image_data(opened, memory_bytes)
@@ -85,9 +95,14 @@ def open_images(
     if folder is not None:
         walk = Walk(folder)
         images_first = walk.root.with_images() or walk.root.images
-        if not walk.tables and (images_first or not _has_other_data(walk)):
+        if not walk.tables and (images_first or not walk.has_other_data()):
             return open_image_folder(walk, str(path_or_id), train=train, test=test, size=size, channels=channels)
         if count := sum(1 for _ in walk.root.all_images()):
+            if walk.has_class_folders():
+                raise UsageError(
+                    f"{walk.folder} has class folders of images and parquet or arrow files too; move one of them out,"
+                    " or name the parquet files (*.parquet)"
+                )
             notes = (f"{walk.folder}: {count} image files are not used, because it has parquet or arrow files too",)
     splits = _open(path_or_id, subset, revision)
     if test == "auto":
@@ -116,12 +131,6 @@ def _folder(path_or_id: str | Path) -> Path | None:
     path = Path(path_or_id).expanduser()
     saved = any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
     return path if path.is_dir() and not saved else None
-
-
-def _has_other_data(walk: Walk) -> bool:
-    """Whether a folder without images has files that `datasets` may read: archives, or lines of JSON or CSV."""
-    rows = (".csv", ".json", ".jsonl", ".tsv")
-    return walk.archives > 0 or any(path.lower().endswith(rows) for path in walk.passed.get("annotations", ()))
 
 
 @contextmanager
@@ -248,7 +257,9 @@ def _parquet_files(path: Path) -> list[str]:
     """The parquet files that a path names, as it is written or as a pattern."""
     if path.suffix != ".parquet" or path.is_dir():
         return []
-    return [str(path)] if path.is_file() else sorted(glob(str(path)))
+    if path.is_file():
+        return [str(path)]
+    return sorted(glob(os.path.join(escape(str(path.parent)) if path.parent.is_dir() else str(path.parent), path.name)))
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -283,10 +294,18 @@ def _open_folder(folder: str, subset: str | None) -> Mapping[str, Any]:
     from pyarrow.parquet import read_schema
 
     datasets = _datasets()
+    if any(letter in folder for letter in "*?["):
+        raise UsageError(
+            f"{folder}: datasets reads * ? and [ in a path as a pattern; rename the folder, or name its files"
+        )
     known = datasets.get_dataset_config_names(folder)
     if subset is not None and subset not in known:
         raise UsageError(f"{folder} has no configuration {subset!r}; set subset to one of {', '.join(known)}")
     builder = datasets.load_dataset_builder(folder, subset)
+    if any(
+        base.__name__ == "FolderBasedBuilder" for base in type(builder).__mro__
+    ):  # it would take splits and classes from the names of files
+        raise UsageError(f"{folder} has its images in archives or beside other files; unpack them into class folders")
     builder.download_and_prepare()
     opened: Mapping[str, Any] = builder.as_dataset()
     for split, images in opened.items():

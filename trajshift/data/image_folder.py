@@ -8,57 +8,26 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajshift.data.decoded_images import DecodedImages, OpenedImages, check_test_classes, divided
+from trajshift.data.folder_walk import Folder, Walk
 from trajshift.errors import UsageError, nearest
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 """Names of a test split that `auto` looks for, in this order."""
 WANTED = "train/CLASS/* and test/CLASS/*, or CLASS/* with options.test as a share such as 0.2"
 
-ANNOTATIONS = (".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html")
-TABLES = (".parquet", ".arrow")
-ARCHIVES = (".tar", ".zip", ".gz", ".zst")
-# Formats that Pillow registers but only recognizes: it cannot decode them.
-_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-# Formats whose first bytes tell; others would match almost any file without a known extension.
-_RECOGNIZED = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "PPM", "PSD")
-_DEEPEST = 8
 _BLOCK = 4096
 
-NOT_AN_IMAGE = "no image that Pillow opens"
 OUTSIDE = "outside the class folders"
 NO_SPLIT = "in a folder that is neither the training nor the test split"
-
-
-@dataclass(slots=True)
-class _Folder:
-    """What one folder contains, links followed."""
-
-    path: str
-    images: list[str] = field(default_factory=list)
-    folders: dict[str, _Folder] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-    """Files that might be meant as images, but that Pillow does not open."""
-
-    def all_images(self) -> Iterator[str]:
-        """Every image, at any depth."""
-        yield from self.images
-        for inner in self.folders.values():
-            yield from inner.all_images()
-
-    def with_images(self) -> dict[str, _Folder]:
-        """The folders in this one that contain images at any depth."""
-        return {name: inner for name, inner in self.folders.items() if next(inner.all_images(), None) is not None}
 
 
 class FolderImages(DecodedImages):
@@ -91,76 +60,6 @@ class FolderImages(DecodedImages):
         for path in self.paths:
             digest.update(os.fsencode(os.path.relpath(path, self.folder)) + b"\0%d\0" % os.stat(path).st_size)
         return digest.hexdigest()
-
-
-class Walk:
-    """One reading of a folder: its tree, and what was passed over."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = os.path.abspath(Path(folder).expanduser())
-        self.passed: dict[str, list[str]] = defaultdict(list)
-        self.tables = 0
-        self.archives = 0
-        self._extensions = _pillow_extensions()
-        self.root = self._read(self.folder, ())
-
-    def name(self, path: str) -> str:
-        """A path as seen from the folder."""
-        return os.path.relpath(path, self.folder)
-
-    def notes(self) -> tuple[str, ...]:
-        """What was passed over, with counts by reason, in at most one sentence."""
-        if not self.passed:
-            return ()
-        parts = []
-        for reason, paths in sorted(self.passed.items()):
-            names = ", ".join(map(self.name, sorted(paths)[:3])) + (", ..." if paths[3:] else "")
-            parts.append(f"{len(paths)} {reason} ({names})")
-        total = sum(map(len, self.passed.values()))
-        return (f"{self.folder}: {total} {'entry is' if total == 1 else 'entries are'} not used: {'; '.join(parts)}",)
-
-    def pass_over(self, images: Collection[str], reason: str) -> None:
-        """Count images that are not used."""
-        if images:
-            self.passed[reason].extend(images)
-
-    def _read(self, path: str, above: tuple[str, ...]) -> _Folder:
-        found, here = _Folder(path), (*above, os.path.realpath(path))
-        try:
-            with os.scandir(path) as entries:
-                names = sorted(entry.name for entry in entries)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read ({error.strerror}); make it readable, or remove it") from error
-        for name in names:
-            inner = os.path.join(path, name)
-            if name.startswith("."):
-                self.passed["hidden"].append(inner)
-            elif os.path.isdir(inner):
-                if os.path.realpath(inner) in here:
-                    self.passed["links to a folder that contains them"].append(inner)
-                elif len(here) > _DEEPEST:
-                    self.passed[f"folders more than {_DEEPEST} deep"].append(inner)
-                else:
-                    found.folders[name] = self._read(inner, here)
-            elif self._is_image(name, inner, found):
-                found.images.append(inner)
-        return found
-
-    def _is_image(self, name: str, path: str, found: _Folder) -> bool:
-        extension = os.path.splitext(name)[1].lower()
-        if not os.path.isfile(path):
-            self.passed["broken links" if os.path.islink(path) else "not regular files"].append(path)
-        elif extension in ANNOTATIONS or name.startswith("metadata."):
-            self.passed["annotations"].append(path)
-        elif extension in TABLES:
-            self.tables += 1
-        elif extension in self._extensions or _recognized(path):
-            return True
-        else:
-            self.archives += extension in ARCHIVES
-            self.passed[NOT_AN_IMAGE].append(path)
-            found.unread.append(path)
-        return False
 
 
 def open_image_folder(
@@ -231,9 +130,7 @@ def _splits(walk: Walk, train: str, test: str | float | None) -> dict[str, dict[
     return {train: _classes(walk, root, None, 2)}
 
 
-def _test_folder(
-    walk: Walk, folders: Mapping[str, _Folder], train: str, test: str | float | None
-) -> dict[str, _Folder]:
+def _test_folder(walk: Walk, folders: Mapping[str, Folder], train: str, test: str | float | None) -> dict[str, Folder]:
     if test == "auto":
         test = next((name for name in TEST_SPLITS if name in folders and name != train), None)
     if not isinstance(test, str):
@@ -245,7 +142,7 @@ def _test_folder(
     return {test: folders[test]}
 
 
-def _classes(walk: Walk, folder: _Folder, split: str | None, least: int) -> dict[str, list[str]]:
+def _classes(walk: Walk, folder: Folder, split: str | None, least: int) -> dict[str, list[str]]:
     """The images of each class folder, names sorted; in one form of Unicode, whatever file system they come from."""
     classes: dict[str, list[str]] = {}
     folders = folder.with_images()
@@ -369,29 +266,3 @@ def _content(path: str) -> tuple[int, bytes]:
         while block := file.read(2**20):
             digest.update(block)
     return os.path.getsize(path), digest.digest()
-
-
-def _pillow_extensions() -> frozenset[str]:
-    """Extensions of the formats that the installed Pillow decodes."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UsageError(
-            f"folders of images need {error.name}, which is not installed; pip install 'trajshift[data]'"
-        ) from error
-    return frozenset(
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _STUBS
-    )
-
-
-def _recognized(path: str) -> bool:
-    """Whether a file without a known extension is an image by its first bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=[kind for kind in _RECOGNIZED if kind in Image.OPEN]):
-            return True
-    except Exception:  # whatever Pillow makes of bytes that are no image
-        return False

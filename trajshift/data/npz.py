@@ -50,7 +50,7 @@ def load_npz(
                 f"{path}: labels in y_{split} run from {y.min()} to {y.max()}, but {known} has {outputs} classes;"
                 f" use 0 to {outputs - 1}{shift}"
             )
-        _check_classes(path, class_names, train_labels, y, split)
+        _check_classes(path, class_names, train_labels, y, split, named=names is not None)
         pixels = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         images = prepare_images(pixels, size=size, channels=channels)
         sources[split] = ArraySource((images, torch.from_numpy(y)))
@@ -116,9 +116,15 @@ def _read_npz(path: Path, max_gib: float) -> dict[str, np.ndarray]:
 
 
 def _check_classes(
-    path: str | Path, class_names: tuple[str, ...], train_labels: np.ndarray, labels: np.ndarray, split: str
+    path: str | Path,
+    class_names: tuple[str, ...],
+    train_labels: np.ndarray,
+    labels: np.ndarray,
+    split: str,
+    *,
+    named: bool,
 ) -> None:
-    """Report classes without a training image; refuse those that the test has images of."""
+    """Report class numbers that no training image has, unless classes are named; refuse those that the test has."""
     counts = np.bincount(train_labels, minlength=len(class_names))
     empty = np.flatnonzero(counts == 0).tolist()
     if split == "train" and counts[0] == 0 and counts[1:].all():
@@ -128,7 +134,7 @@ def _check_classes(
             " from all labels",
             file=sys.stderr,
         )
-    elif split == "train" and empty:
+    elif split == "train" and empty and not named:
         some = ", ".join(class_names[number] for number in empty[:3]) + (", ..." if empty[3:] else "")
         print(
             f"warning: {path}: {len(empty)} of {len(class_names)} classes have no training image ({some})",
@@ -136,8 +142,8 @@ def _check_classes(
         )
     elif split == "test" and (absent := sorted(set(np.unique(labels).tolist()) & set(empty))):
         raise UsageError(
-            f"{path}: class {class_names[absent[0]]!r} has {np.sum(labels == absent[0])} test images but no training "
-            "image; add training images of it, or remove its test images"
+            f"{path}: class {class_names[absent[0]]!r} has {np.sum(labels == absent[0])} test images but no training"
+            " image; add training images of it, or remove its test images"
         )
 
 
@@ -173,8 +179,8 @@ def _checked_images(path: str | Path, name: str, arrays: Mapping[str, np.ndarray
             alpha = " without the fourth channel, if that is alpha" if first == 4 else ""
             raise UsageError(f"{path}: {name} has shape {shape}, channels first; use [N, H, W, C]{alpha}")
         print(
-            f"warning: {path}: {name} has shape {shape}, which is read as {shape[3]} channels per image, all of which "
-            "the model sees; if the fourth is alpha (RGBA), drop it",
+            f"warning: {path}: {name} has shape {shape}, which is read as {shape[3]} channels per image, all of which"
+            " the model sees; if the fourth is alpha (RGBA), drop it",
             file=sys.stderr,
         )
     return images

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from glob import escape
 from pathlib import Path
 
 from trajshift.data.augmentation import image_task
@@ -133,8 +132,7 @@ def _hf_place(name: str, place: str, root: Path) -> Path | str:
 
     local = root / Path(place).expanduser()
     if local.exists() or not is_hub_id(place):
-        # Only the place may be a pattern, such as train-*.parquet.
-        return local if local.exists() else Path(escape(str(root))) / Path(place).expanduser()
+        return local
     if Path(place).exists():
         raise UsageError(
             f"task {name!r}: there is no {os.path.abspath(local)}, but {place} is a folder of the current directory,"

@@ -211,7 +211,8 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         _override(data, full_path(path), parse_value(value), text)
     loaded = validate(data, where.name)
     on_command_line = any(text.partition("=")[0] in ("data", "data.root") for text, _, _ in given)
-    if not on_command_line and not Path(recipe).is_dir() and where.resolve().parent != FOLDER.resolve():
+    here = Path(recipe).is_dir() or where.resolve().parent in (FOLDER.resolve(), Path.cwd())
+    if not on_command_line and not here:
         # Built-in recipes and overrides mean the working directory; a run's recipe has an absolute path.
         loaded.data.root = str(where.parent / Path(loaded.data.root).expanduser())
     return loaded
