@@ -5,6 +5,7 @@ The step itself is `trajshift.training.step`. Shapes: T learners on this rank, P
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,8 @@ class MetaTrainer:
         self._asked = execution.engine
         self.engine = choose_engine(self._asked, self.meta_step)
         world.same(self.initialization.digest(), "the first phi")
+        for doubt in blueprint.doubts if world.rank == 0 else ():
+            print(f"warning: {doubt}", file=sys.stderr)
 
     # -- the state of the run --------------------------------------------------------------------------------
 
