@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from trajshift.learners.modules import (
     refuse_common_memory,
     to_channels_last,
 )
-from trajshift.learners.sharing import find_heads, is_in_head
+from trajshift.learners.sharing import doubt_of_head, find_heads, is_in_head
 from trajshift.rng import key, repeatable, seed_generators
 from trajshift.settings import Finetune, finetune_settings
 from trajshift.task import Task
@@ -188,6 +189,8 @@ def build_module(
         constant = _fill_constants(module, other, random, initialization or {}, task, heads)
     if initialization is not None:
         _check_used(module, initialization, started, heads)
+        if head is None and (doubt := doubt_of_head(factory, task, seed, heads, started)):
+            print(f"warning: {doubt}", file=sys.stderr)
     return module, (*started, *constant), tuple(fresh)
 
 

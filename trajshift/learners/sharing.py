@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -48,6 +48,8 @@ class Blueprint:
 
     With images of unequal channels the first layer is one of these, which is seldom intended.
     """
+    doubts: tuple[str, ...] = ()
+    """Sentences for the user about choices that are probably not meant."""
     left: tuple[str, ...] = ()
     """Tensors of the given initialization that are not part of phi: heads, BatchNorm statistics."""
 
@@ -84,11 +86,16 @@ class Blueprint:
             named = module.named_parameters()
             trainable[task.name] = {name: tuple(p.shape) for name, p in named if p.requires_grad}
         parameters = dict(first.named_parameters())
+        outside = [n for n in following_outputs(factory, tasks[0], seed) if not is_in_head(n, heads)]
+        if outside and head is None and rule is None and len({task.outputs for task in tasks}) > 1:
+            raise UsageError(f"cannot tell which part of the model is the head: {_wrong_head(outside, heads)}")
         shared = {name: parameters[name].data for name in shared_names(trainable, heads, rule)}
+        doubtful = [name for name in outside if name in shared]
+        doubts = (f"all tasks share {doubtful[0]!r}: {_wrong_head(doubtful, heads)}",) if doubtful else ()
         layout = Layout(shared)
         phi = layout.flatten(shared, out=torch.zeros(layout.size, dtype=layout.dtype))
         own = tuple(n for n in trainable[tasks[0].name] if n not in shared and not is_in_head(n, heads))
-        return cls(factory, layout, heads, phi, constants, channels_last, tensor_names(first), own)
+        return cls(factory, layout, heads, phi, constants, channels_last, tensor_names(first), own, doubts)
 
     def admit(self, tasks: Sequence[Task], seed: int) -> None:
         """Rejects a task whose model lacks a shared parameter, or has it in another shape."""
@@ -101,6 +108,37 @@ class Blueprint:
                         f"task {task.name!r} cannot join: shared parameter {entry.name!r} is {shape} there and "
                         f"{entry.shape} in this run; build it with the same shared parameters"
                     )
+
+
+def following_outputs(factory: Factory, task: Task, seed: int) -> list[str]:
+    """Names of the parameters whose shapes follow the task's number of outputs; none if the factory cannot be asked."""
+    if task.outputs is None:
+        return []
+    try:
+        asked, wider = (
+            dict(fresh_module(factory, one, phi_key(seed)).named_parameters())
+            for one in (task, replace(task, outputs=task.outputs + 1))
+        )
+    # Another number of outputs than the data's may be anything to a user's factory.
+    except Exception:
+        return []
+    return [name for name, p in asked.items() if name in wider and wider[name].shape != p.shape]
+
+
+def _wrong_head(names: Sequence[str], heads: Sequence[str]) -> str:
+    """Why parameters outside the heads are doubtful, and the remedy."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    found = " and ".join(map(repr, heads)) or "none"
+    return (
+        f"its head is {found}, but the shape of {names[0]!r} follows the number of outputs; name the heads, for "
+        f"instance head={layers[0]!r} or head={[*heads, *layers]!r}"
+    )
+
+
+def doubt_of_head(factory: Factory, task: Task, seed: int, heads: Sequence[str], filled: Sequence[str]) -> str | None:
+    """A sentence if an initialization fills a parameter that follows the number of outputs; None if none does."""
+    outside = [name for name in following_outputs(factory, task, seed) if name in filled]
+    return f"the initialization fills {outside[0]!r}: {_wrong_head(outside, heads)}" if outside else None
 
 
 def find_heads(module: nn.Module, head: str | Sequence[str] | None, rule: Sequence[str] | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ included.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ class MetaTrainer:
         self._asked = execution.engine
         self.engine = choose_engine(self._asked, self.meta_step)
         world.same(self.initialization.digest(), "the first phi")
+        for doubt in blueprint.doubts if world.rank == 0 else ():
+            print(f"warning: {doubt}", file=sys.stderr)
 
     # -- the state of the run --------------------------------------------------------------------------------
 
