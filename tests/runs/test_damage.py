@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from trajshift.runs.collect_rows import FILE, append_evaluation, read_evaluation
 
 from trajshift.errors import UsageError
 from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
 from trajshift.learners.initialization import METADATA_KEY, Initialization, load_initialization
 from trajshift.recipes.recipe import load
+from trajshift.runs.collect_rows import FILE, append_evaluation, read_evaluation
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.train import train
 from trajshift.utils.files import append_row, read_jsonl

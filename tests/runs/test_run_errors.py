@@ -364,6 +364,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_second_interrupt_is_obeyed_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Signals() as signals:
+        signals.defer()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT

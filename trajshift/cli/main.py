@@ -95,11 +95,20 @@ def train(
 
     Also: torchrun --nproc-per-node W -m trajshift train RECIPE
     """
+    from trajshift.runs.signals import Signals
+
+    with Signals():  # before the seconds that importing torch and loading data take
+        _train(recipe, overrides or [], resume=resume, name=name, print_config=print_config, quiet=quiet)
+
+
+def _train(
+    recipe: str, overrides: list[str], *, resume: bool, name: str | None, print_config: bool, quiet: bool
+) -> None:
     from trajshift.recipes.recipe import find, load, to_yaml
     from trajshift.runs.directory import run_name
 
     given = [] if name is None else [f"output.name={json.dumps(name, ensure_ascii=False)}"]
-    overrides = [*(overrides or []), *given]
+    overrides = [*overrides, *given]
     loaded = load(recipe, overrides)
     if print_config:
         typer.echo(to_yaml(loaded), nl=False)

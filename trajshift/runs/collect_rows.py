@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from trajshift.data.fingerprint import changed
 from trajshift.errors import UsageError
 from trajshift.evaluation.evaluation_row import JSON_FIELDS, EvaluationRow
 from trajshift.recipes.recipe import Recipe, flatten, load
@@ -74,11 +75,15 @@ def collect(
             )
         asked = {name: setting_of(recipes[path], section, name) for name in getattr(recipes[path], section)}
         latest: dict[tuple[Any, ...], EvaluationRow] = {}
+        superseded = 0
         for row in fresh:
             wanted = train_images is None or row.train_images in train_images
             stands = not as_asked or row.setting == asked.get(row.target)
             if wanted and stands and row.section == section:
+                superseded += row.place in latest and changed(latest[row.place].data, row.data)
                 latest[row.place] = row
+        if superseded:
+            notes.append(f"{path.name}: {superseded} saved results are left out, because the data has changed since")
         for row in latest.values():
             key = (path if row.start.is_meta_trained else None, *row.identity)
             if key not in seen:

@@ -6,15 +6,20 @@ A row that is already there is not computed again, so an evaluation that was cut
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trajshift.data.fingerprint import changed, touched
 from trajshift.errors import UsageError, nearest
 from trajshift.evaluation.evaluate import ProgressCallback, finetuned_row
 from trajshift.evaluation.evaluation_row import EvaluationRow
 from trajshift.recipes.recipe import Recipe, load
+from trajshift.recipes.sections import SOURCE_KINDS
+from trajshift.recipes.source_digests import source_digest
 from trajshift.runs.collect_rows import append_evaluation, distinct, labelled, read_evaluation, setting_of
 from trajshift.runs.labels import labels_of
 from trajshift.runs.starting_points import SavedStart, load_phi, starts_of
@@ -63,10 +68,11 @@ def evaluate_runs(
     for path, recipe in recipes.items():
         jobs += _jobs(path, recipe, targets, train_images, checkpoints=checkpoints, scratch=scratch)
     jobs = _without_repeats(jobs)
-    known = {path: {row.identity: row for row in read_evaluation(path)} for path in paths}
+    builder = _Builder()
+    jobs = [job.with_data(builder) for job in jobs]
+    known = {path: read_evaluation(path) for path in paths}
     found = {index: row for index, job in enumerate(jobs) if (row := _existing(job, known)) is not None}
     missing = [index for index in range(len(jobs)) if index not in found]
-    builder = _Builder()
     for done, index in enumerate(missing):
         job = jobs[index]
         if progress is not None:
@@ -89,6 +95,10 @@ class _Job:
     start: SavedStart
     row: EvaluationRow
     """The row without results."""
+
+    def with_data(self, builder: _Builder) -> _Job:
+        """The job with the digest of its target's data in the row."""
+        return replace(self, row=replace(self.row, data=builder.data(self)))
 
 
 def _jobs(
@@ -128,11 +138,24 @@ def _jobs(
     return jobs
 
 
-def _existing(job: _Job, known: Mapping[Path, Mapping[tuple[Any, ...], EvaluationRow]]) -> EvaluationRow | None:
-    """The row of this job if it was computed before; rows without meta-training may be saved with any run."""
+def _existing(job: _Job, known: Mapping[Path, Sequence[EvaluationRow]]) -> EvaluationRow | None:
+    """The row of this job if it was computed before; rows without meta-training may be saved with any run.
+
+    A row on other data does not count, which is reported.
+    """
     places = [job.path] if job.row.start.is_meta_trained else known
-    rows = (known[path].get(job.row.identity) for path in places)
-    return next((row for row in rows if row is not None), None)
+    like = [row for path in places for row in known[path] if _same_but_for_data(row, job.row)]
+    found = next((row for row in reversed(like) if not changed(row.data, job.row.data)), None)
+    what = f"the data of {job.row.target!r} (data.root {job.recipe.data.root})"
+    if like and found is None:
+        print(f"note: {what} has changed since it was fine-tuned; it is fine-tuned again", file=sys.stderr)
+    elif found is not None and touched(found.data, job.row.data):
+        print(f"warning: {what} was written to since it was fine-tuned; what was sampled is equal", file=sys.stderr)
+    return found
+
+
+def _same_but_for_data(row: EvaluationRow, other: EvaluationRow) -> bool:
+    return replace(row, data=None).identity == replace(other, data=None).identity
 
 
 def _without_repeats(jobs: Sequence[_Job]) -> list[_Job]:
@@ -151,6 +174,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self._tasks: dict[str, Task] = {}
+        self._data: dict[str, str | None] = {}
         self._source: Path | None = None
         self._phi: Mapping[str, Tensor] | None = None
 
@@ -164,6 +188,18 @@ class _Builder:
         if source != self._source:
             self._source, self._phi = source, None if source is None else load_phi(source)
         return finetuned_row(job.row, self._phi, self._task(job), job.row.train_images, options)
+
+    def data(self, job: _Job) -> str | None:
+        """The digest of the data of a job's target; None where it is not known."""
+        task = getattr(job.recipe, job.row.section)[job.row.target]
+        name = f"{task} {job.recipe.data}"
+        if name not in self._data:
+            built = None
+            if task.source.partition(":")[0] not in SOURCE_KINDS:  # the user's own function
+                with suppress(UsageError):
+                    built = self._task(job)
+            self._data[name] = source_digest(task, job.recipe.data, built)
+        return self._data[name]
 
     def _task(self, job: _Job) -> Task:
         from trajshift.recipes.build_tasks import build_tasks, resolved

@@ -10,6 +10,7 @@ from pathlib import Path
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, differences, flatten
 from trajshift.recipes.short_names import in_short_names
+from trajshift.runs.data_record import refuse_another_start
 from trajshift.utils.dotted_names import is_within
 
 MAY_CHANGE = ("rounds", "output", "data.root")
@@ -18,8 +19,13 @@ MAY_CHANGE_BETWEEN_ROUNDS = ("tasks", "train_on")
 NOT_TRAINED = ("tuning", "targets")
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """A hash of the fields that must not change on resume, to recognize a checkpoint of another recipe."""
+def fingerprint(recipe: Recipe, start: str | None = "a file") -> str:
+    """A hash of the fields that must not change on resume, to recognize a checkpoint of another recipe.
+
+    `start` stands for the path of an initialization, which may move; version 0.1 put the path itself in the hash.
+    """
+    if recipe.initialization is not None:
+        recipe = replace(recipe, initialization=start)
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED, "threads")
     fixed = {key: value for key, value in in_short_names(flatten(recipe)).items() if not is_within(key, free)}
     return blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -35,6 +41,9 @@ def resumed_recipe(old: Recipe, new: Recipe, where: Path) -> Recipe:
     new.output = replace(new.output, name=new.output.name or old.output.name)
     free = (*MAY_CHANGE, *MAY_CHANGE_BETWEEN_ROUNDS, *NOT_TRAINED)
     refused = [key for key in differences(old, new) if not is_within(key, free)]
+    if "initialization" in refused and None not in (old.initialization, new.initialization):
+        refuse_another_start(where, old.initialization, new.initialization)
+        refused.remove("initialization")
     if refused:
         before, after = flatten(old), flatten(new)
         key = refused[0]

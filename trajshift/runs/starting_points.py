@@ -71,7 +71,10 @@ def _untrained(recipe: Recipe) -> SavedStart:
         return SavedStart(SCRATCH, None)
     from trajshift.learners.pretrained import locate
 
-    return SavedStart(INITIAL_WEIGHTS, locate(recipe.initialization))
+    source = locate(recipe.initialization)
+    if not source.is_file():
+        raise UsageError(f"there is no initialization at {source}; say where it is with initialization=FILE")
+    return SavedStart(INITIAL_WEIGHTS, source)
 
 
 def _checkpoints(run: Path) -> Iterator[SavedStart]:

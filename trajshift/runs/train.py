@@ -5,14 +5,10 @@ The numbers come from `MetaTrainer`; this module only decides when to log, when 
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -23,8 +19,10 @@ from trajshift.errors import NonFiniteLoss, UsageError
 from trajshift.models.kernels.switch import EAGER
 from trajshift.recipes.build_trainer import build_trainer, describe_start
 from trajshift.recipes.recipe import Recipe
+from trajshift.runs.data_record import data_of, refuse_changed_data, start_digest, write_record
 from trajshift.runs.directory import RunDirectory
 from trajshift.runs.resume import check_boundary, fingerprint, resumed_recipe, with_absolute_paths, with_threads
+from trajshift.runs.signals import Signals
 from trajshift.training import checkpoint
 from trajshift.training.checkpoint_files import manifest_of
 from trajshift.training.trainer import Event
@@ -52,6 +50,7 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
     """Meta-train a recipe in the run directory `path`, or resume what is there.
 
     On SIGTERM or SIGINT all ranks agree on a step, save a checkpoint and return; a second SIGINT interrupts at once.
+    Before the first inner step, where there is nothing to save, a signal ends the process.
 
     Raises:
         UsageError: the directory contains a run and `resume` is False, the recipe differs where it must not, a loss is
@@ -60,9 +59,9 @@ def train(recipe: Recipe, path: str | Path, *, resume: bool = False, quiet: bool
     world = World.current(str(recipe.execution.device))
     directory = RunDirectory(path)
     advice = f"lower workers or free some memory, and continue with: trajshift train --resume {path}"
-    with disk_errors(directory.path), workers_alive(advice):
+    with Signals() as signals, disk_errors(directory.path), workers_alive(advice):
         try:
-            return _Run(recipe, directory, world, resume=resume, quiet=quiet).go()
+            return _Run(recipe, directory, world, signals, resume=resume, quiet=quiet).go()
         finally:
             directory.unlock()
 
@@ -78,8 +77,11 @@ def kernels_of(path: Path) -> str:
 class _Run:
     """One process's part in one call of `train`."""
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, *, resume: bool, quiet: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, directory: RunDirectory, world: World, signals: Signals, *, resume: bool, quiet: bool
+    ) -> None:
         self.directory = directory
+        self.signals = signals
         self.world = world
         self.first = world.rank == 0
         self.quiet = quiet
@@ -94,7 +96,7 @@ class _Run:
         world.barrier()  # every rank has looked before the first one writes
         self._lock()
         self.recipe = with_threads(recipe, set_threads(world, recipe.execution.threads))
-        self.trainer = build_trainer(self.recipe)
+        self.trainer = build_trainer(self._with_a_start_that_is_there())
         if self.old is not None:
             self.trainer.kernels = kernels_of(directory.path)
         self.fingerprint = fingerprint(self.recipe)
@@ -103,20 +105,20 @@ class _Run:
 
     def go(self) -> Outcome:
         """Start or resume, train, and finish."""
+        self._check_data()
         self._resume()
         if self.first:
             self.directory.write_environment(self._environment(), self.trainer.describe())
             self.directory.write_recipe(self.recipe)
+            write_record(self.directory.path, self.data, start_digest(self.recipe.initialization))
             self.seconds = self.directory.seconds()
             self.board = self._tensorboard()
         title = f"{self.directory.path.name} ({self.trainer.method.name})"
         show = self.first and not self.quiet
-        with (
-            Signals() as signals,
-            Progress(title, self.trainer.total_steps, start=self.trainer.step, enabled=show) as progress,
-        ):
+        with Progress(title, self.trainer.total_steps, start=self.trainer.step, enabled=show) as progress:
             self._announce(progress)
-            stopped = self._loop(signals, progress)
+            self.signals.defer()
+            stopped = self._loop(self.signals, progress)
         if self.board is not None:
             self.board.close()
         complete = self.trainer.step >= self.trainer.total_steps
@@ -139,6 +141,32 @@ class _Run:
         if self.world.any(failure is not None):
             raise failure or UsageError(f"{self.directory.path} could not be locked by rank 0")
 
+    def _with_a_start_that_is_there(self) -> Recipe:
+        """The recipe, without its initialization where that is gone but a checkpoint has phi."""
+        start = self.recipe.initialization
+        if start is None or self.old is None or start.startswith("hub:") or Path(start).is_file():
+            return self.recipe
+        if checkpoint.latest_valid(self.directory.checkpoints)[0] is None:
+            return self.recipe
+        if self.first:
+            print(f"note: {start} is not there any more; phi is taken from the checkpoint", file=sys.stderr)
+        return replace(self.recipe, initialization=None)
+
+    def _check_data(self) -> None:
+        """Refuse to resume on data that has changed; all ranks report it."""
+        self.data: dict[str, str | None] = {}
+        failure = ""
+        if self.first:
+            self.data = data_of(self.recipe, self.trainer.meta_step.active.tasks)
+            if self.old is not None:
+                try:
+                    for warning in refuse_changed_data(self.directory.path, self.old, self.recipe, self.data):
+                        print(warning, file=sys.stderr)
+                except UsageError as error:
+                    failure = str(error)
+        if failure := self.world.gather(failure)[0]:
+            raise UsageError(failure)
+
     def _resume(self) -> None:
         """Load the newest valid checkpoint, if there is one, and cut what was written after it."""
         found = checkpoint.latest_valid(self.directory.checkpoints) if self.old is not None else None
@@ -149,9 +177,10 @@ class _Run:
                 print(note, file=sys.stderr)
             if newest is not None:
                 extra = manifest_of(newest)["extra"]  # its checksums were just compared
-                if extra["recipe"] != self.fingerprint:
-                    raise UsageError(f"{newest} was written by another recipe; remove it or start a new run")
                 assert self.old is not None
+                paths = (self.recipe.initialization, self.old.initialization)  # as version 0.1 did
+                if extra["recipe"] not in (self.fingerprint, *(fingerprint(self.recipe, path) for path in paths)):
+                    raise UsageError(f"{newest} was written by another recipe; remove it or start a new run")
                 check_boundary(self.old, self.recipe, int(newest.name))
                 checkpoint.load(newest, self.trainer.meta_step)
                 metrics_bytes = extra["metrics_bytes"]
@@ -273,28 +302,3 @@ def _is_plain(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-class Signals:
-    """Records SIGTERM and SIGINT instead of ending the process; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number

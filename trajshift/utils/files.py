@@ -69,7 +69,7 @@ def read_jsonl(file: Path, fields: Mapping[str, Any] = MappingProxyType({})) -> 
     Raises:
         UsageError: the file is damaged; says where, and what to do.
     """
-    if not file.exists():
+    if not file.is_file():
         return []
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):

@@ -61,6 +61,6 @@ def check_seals(file: Path, length: int | None = None) -> None:
 
 
 def _rows(file: Path, length: int | None = None) -> Iterable[bytes]:
-    data = file.read_bytes()[:length] if file.exists() else b""
+    data = file.read_bytes()[:length] if file.is_file() else b""
     *rows, tail = data.split(b"\n")
     return [*(row + b"\n" for row in rows), *([tail] if tail else [])]
