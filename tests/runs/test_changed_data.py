@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trajshift.runs.evaluation_rows import FILE, collect, read_evaluation
+from trajshift.runs.collect_rows import FILE, collect, read_evaluation
 
 from trajshift.data import fingerprint
 from trajshift.data.fingerprint import changed, examples_digest, files_digest, touched
