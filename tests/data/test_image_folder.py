@@ -207,7 +207,7 @@ def test_class_names_agree_across_forms_of_unicode(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/caf\u00e9": 2, "train/bar": 2, "test/cafe\u0301": 1, "test/bar": 1})
     assert counts(load_hf(root)) == ({"bar": 2, "caf\u00e9": 2}, {"bar": 1, "caf\u00e9": 1})
     folder(root, {"train/cafe\u0301": 1})
-    with pytest.raises(UsageError, match="in two forms of Unicode; join the two"):
+    with pytest.raises(UsageError, match="in two forms of Unicode; join them"):
         load_hf(root)
 
 
