@@ -203,6 +203,14 @@ def test_one_class_and_classes_of_one_split(tmp_path: Path) -> None:
         load_hf(root)
 
 
+def test_class_names_agree_across_forms_of_unicode(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train/caf\u00e9": 2, "train/bar": 2, "test/cafe\u0301": 1, "test/bar": 1})
+    assert counts(load_hf(root)) == ({"bar": 2, "caf\u00e9": 2}, {"bar": 1, "caf\u00e9": 1})
+    folder(root, {"train/cafe\u0301": 1})
+    with pytest.raises(UsageError, match="in two forms of Unicode; join them"):
+        load_hf(root)
+
+
 def test_one_split_alone_keeps_the_numbers_of_training(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/cat": 2, "train/dog": 2, "train/eel": 2, "test/dog": 1, "test/eel": 1})
     labels = labels_of(hf_source(root, "test"))

@@ -213,9 +213,10 @@ def _open(path_or_id: str | Path, subset: str | None, revision: str | None) -> M
     path, name = Path(path_or_id).expanduser(), str(path_or_id)
     files = _parquet_files(path)
     if not files and not path.exists() and not is_hub_id(path_or_id):
+        absolute = os.path.abspath(path)
+        tried = "" if absolute == name else f" ({absolute})"
         raise UsageError(
-            f"{name}: no such file or folder ({os.path.abspath(path)}); give a path that exists, or a hub id of the"
-            " form owner/name"
+            f"{name}: no such file or folder{tried}; give a path that exists, or a hub id of the form owner/name"
         )
     if not files and path.is_file():
         raise UsageError(f"{name} is a file, but not a parquet file; give a folder or parquet files")
