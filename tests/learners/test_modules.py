@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.learners.test_constants import TASKS, losses, train
 from trajshift import Task, UsageError, finetune
@@ -129,6 +130,20 @@ def test_a_module_that_cannot_be_copied_names_the_attribute(spoil: Callable[[nn.
     spoil(net)
     with pytest.raises(UsageError, match=rf"cannot be copied for each task: its attribute {attribute}.*factory"):
         train(net, head="head")  # type: ignore[arg-type]
+
+
+def test_reentrant_checkpoints_are_explained() -> None:
+    class Checkpointed(Net):
+        reentrant = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body[0](x)
+            return self.head(checkpoint(self.body[1], h, use_reentrant=self.reentrant))
+
+    with pytest.raises(UsageError, match=r"task 'a' calls torch\.utils\.checkpoint.*use_reentrant=False"):
+        losses(train(Checkpointed, method="imaml"))
+    Checkpointed.reentrant = False
+    assert len(losses(train(Checkpointed, method="imaml"))) == 16
 
 
 def test_a_lazy_layer_is_refused_by_name_and_the_remedy_works() -> None:

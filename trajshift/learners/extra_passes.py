@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trajshift.algorithm.conjugate_gradient import hessian_product
 from trajshift.algorithm.protocols import Product
 from trajshift.learners.active_learners import ActiveLearners
-from trajshift.learners.learner import Learner
+from trajshift.learners.learner import Learner, reentrant_checkpoints_named
 from trajshift.models.kernels.switch import eager_kernels
 from trajshift.rng import seeded
 
@@ -40,7 +40,8 @@ class ExtraPasses:
     def _pass(self, learner: Learner) -> Iterator[None]:
         self.counts["gradient_evaluations"] += 1
         draw, frozen = learner.draw_of(self._batch), learner.frozen.values()
-        with untouched(learner.module, draw, learner.device, frozen):
+        named = reentrant_checkpoints_named(learner.task.name)
+        with named, untouched(learner.module, draw, learner.device, frozen):
             yield
 
     def losses(self) -> Tensor:

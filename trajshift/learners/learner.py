@@ -6,7 +6,8 @@ travels between tasks. Shared parameters, and frozen ones that are the same in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ from trajshift.task import Batch, Task
 
 OWN = ("own/", "frozen/", "buffer/")
 """How names of a learner's own tensors begin."""
+
+
+@contextmanager
+def reentrant_checkpoints_named(task: str) -> Iterator[None]:
+    """Explains torch's refusal of gradients for some parameters only where a module checkpoints reentrantly."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UsageError(
+            f"the model of task {task!r} calls torch.utils.checkpoint with use_reentrant=True, which cannot "
+            "differentiate for some parameters alone, as this method asks; use use_reentrant=False"
+        ) from error
 
 
 class Learner:
@@ -139,7 +154,8 @@ class Learner:
         With `shared` False only the task's own parameters get gradients.
         """
         loss = self.forward(batch, autocast)
-        loss.backward(inputs=None if shared else list(self.own.values()))
+        with reentrant_checkpoints_named(self.task.name):
+            loss.backward(inputs=None if shared else list(self.own.values()))
         return loss.detach()
 
     def differentiate(self, loss: Tensor) -> None:
