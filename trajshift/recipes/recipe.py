@@ -201,6 +201,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         text = where.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        recipe = shortened(str(recipe), 200)
         raise UsageError(f"{recipe} cannot be read ({reason}); name a recipe file or a run directory") from error
     data = put_in_sections(read_yaml(text, str(where)), where.name)
     given = [(text, *split_override(text)) for text in overrides]
