@@ -164,7 +164,7 @@ def test_checkpoints_with_their_inner_steps(tmp_path: Path, count: Callable[[], 
     phis = {}
     for event in trainer:
         if event.step in (2, 4):
-            checkpoint.save(path / "checkpoints", trainer)
+            checkpoint.save(path / "checkpoints", trainer.meta_step)
             phis[event.step] = trainer.initialization
     rows = evaluate_runs([path], checkpoints=True)
     # Each round of two steps replays its first step once.
