@@ -107,14 +107,14 @@ def train(
 def _train(
     recipe: str, overrides: list[str], *, resume: bool, name: str | None, print_config: bool, quiet: bool
 ) -> None:
-    from trajshift.recipes.recipe import find, load, to_yaml
+    from trajshift.recipes.recipe import find, load, to_explained_yaml
     from trajshift.runs.directory import run_name
 
     given = [] if name is None else [f"output.name={json.dumps(name, ensure_ascii=False)}"]
     overrides = [*overrides, *given]
     loaded = load(recipe, overrides)
     if print_config:
-        typer.echo(to_yaml(loaded), nl=False)
+        typer.echo(to_explained_yaml(loaded), nl=False)
         return
     if Path(recipe).is_dir():
         if not resume:
