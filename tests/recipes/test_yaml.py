@@ -108,5 +108,6 @@ def test_print_config_says_what_null_is_resolved_to(tmp_path: Path) -> None:
     text = to_explained_yaml(recipe)
     assert "  every: null  # by the method: 7\n" in text
     assert "  carry: null  # by the method: " in text
+    assert "  lr: null  # by the method: 0.01\n" in to_explained_yaml(load("small-images", ["horizon=1000"]))
     (tmp_path / "mine.yaml").write_text(text)
     assert load(tmp_path / "mine.yaml") == recipe

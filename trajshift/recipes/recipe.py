@@ -279,9 +279,10 @@ def to_yaml(recipe: Recipe) -> str:
 def to_explained_yaml(recipe: Recipe) -> str:
     """As `to_yaml`, with a comment on what each null of `meta` is resolved to by the method."""
     method = recipe.resolved_method()
+    lr = None if method.joint else method.default_meta_lr(recipe.horizon, method.meta_every)
     values = {
-        "lr": None if method.joint else method.meta_lr, "every": method.meta_every, "gradient": method.metagrad,
-        "carry": method.carry, "adapt": method.adapt, "batch": method.batch,
+        "lr": lr, "every": method.meta_every, "gradient": method.metagrad, "carry": method.carry,
+        "adapt": method.adapt, "batch": method.batch,
     }  # fmt: skip
     lines, section = [], ""
     for line in to_yaml(recipe).splitlines():
