@@ -511,3 +511,16 @@ def test_demo_compares_whole_pipelines_with_equal_budgets(folder: Path) -> None:
 
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (3.4, 185, 7800)] == ["3 s", "3:05 min", "2:10 h"]
+
+
+def test_a_saved_model_is_replaced_only_when_asked(trajshift: Command, folder: Path) -> None:
+    trajshift("train", "tiny.yaml", "--name", "one", "--quiet")
+    words = ("finetune", "runs/one", "finetune.steps=1", "--save", "kept")
+    assert trajshift(*words)[0] == 0
+    before = files(folder / "kept")
+    assert before
+    status, _, err = trajshift(*words, "finetune.lr=0.5")
+    assert (status, files(folder / "kept")) == (2, before)
+    assert "replace it with --force" in err
+    assert trajshift(*words, "finetune.lr=0.5", "--force")[0] == 0
+    assert files(folder / "kept") != before

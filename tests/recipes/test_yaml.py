@@ -99,3 +99,15 @@ def test_wrong_values_are_not_repeated_at_length() -> None:
     with pytest.raises(UsageError) as caught:
         load("digits", [f"seed={json.dumps(['x' * 5000])}"])
     assert len(str(caught.value)) < 500
+
+
+def test_print_config_says_what_null_is_resolved_to(tmp_path: Path) -> None:
+    from trajshift.recipes.recipe import to_explained_yaml
+
+    recipe = load("digits", ["method=reptile", "horizon=7", "meta.every=null"])
+    text = to_explained_yaml(recipe)
+    assert "  every: null  # by the method: 7\n" in text
+    assert "  carry: null  # by the method: " in text
+    assert "  lr: null  # by the method: 0.01\n" in to_explained_yaml(load("small-images", ["horizon=1000"]))
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load(tmp_path / "mine.yaml") == recipe

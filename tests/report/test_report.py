@@ -427,3 +427,16 @@ def test_long_series_are_averaged_in_bins_that_keep_the_mean() -> None:
 def test_a_method_keeps_its_looks_and_no_two_share_them() -> None:
     styles = looks([f"method {index}" for index in range(20)] + ["scratch"])
     assert len({tuple(style.items()) for style in styles.values()}) == 22
+
+
+def test_what_an_earlier_page_had_is_dropped(tmp_path: Path, undrawn: None) -> None:
+    """After a resume a page without results stood beside the tables of the one before; a user's file stays."""
+    run = make_run(tmp_path, "reptile", 0)
+    folder = write_report([run]).parent / "report-figures"
+    assert (folder / "comparison.csv").exists()
+    (folder / "notes.csv").write_text("mine")
+    (run / "evaluation.jsonl").unlink()
+    write_report([run])
+    left = {file.name for file in folder.iterdir()}
+    assert {"notes.csv", "training_loss.csv"} <= left
+    assert not any(name.startswith(("comparison", "tests", "few_data")) for name in left)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trajshift.runs.collect_rows import FILE, collect, read_evaluation
 
 from trajshift.data import fingerprint
 from trajshift.data.fingerprint import changed, examples_digest, files_digest, touched
 from trajshift.errors import UsageError
 from trajshift.recipes.recipe import Recipe, load
+from trajshift.runs.collect_rows import FILE, collect, read_evaluation
 from trajshift.runs.evaluate_runs import evaluate_runs
 from trajshift.runs.train import train
 from trajshift.task import Task

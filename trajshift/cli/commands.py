@@ -26,14 +26,23 @@ def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
     names: list[str] = []
     overrides: list[str] = []
     for word in words:
-        (overrides if "=" in word and not Path(word).is_dir() else names).append(word)
+        (overrides if "=" in word and not _is_folder(word) else names).append(word)
     return names, overrides
+
+
+def _is_folder(word: str) -> bool:
+    try:
+        return Path(word).is_dir()
+    except (OSError, ValueError):  # longer than a path can be, or with a zero byte
+        return False
 
 
 # finetune ---------------------------------------------------------------------------------------------------
 
 
-def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path | None, scratch: bool) -> None:
+def finetune(
+    start: str, words: Sequence[str], *, recipe: str | None, save: Path | None, scratch: bool, force: bool = False
+) -> None:
     """Fine-tune tasks from a run, a checkpoint or an initialization file, and print the test metrics."""
     names, overrides = split_words(words)
     path = Path(start)
@@ -46,6 +55,7 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
         raise UsageError(f"no task was named and {owner} has no targets; name a task of the recipe")
     source = _initialization_file(start)
     if save is not None:
+        _refuse_to_replace(save, names, force=force)
         _refuse_what_cannot_be_written(save)
 
     from trajshift.distributed import World, set_threads
@@ -76,6 +86,13 @@ def finetune(start: str, words: Sequence[str], *, recipe: str | None, save: Path
         _print_tuned(rows, loaded.seed, loaded.finetune.steps)
     if save is not None:
         console().print(f"fine-tuned models are in {save}")
+
+
+def _refuse_to_replace(folder: Path, names: Sequence[str], *, force: bool) -> None:
+    """Refuses to write over a model, which may be the better one, unless it is asked for."""
+    there = [folder / f"{name}.safetensors" for name in names if (folder / f"{name}.safetensors").exists()]
+    if there and not force:
+        raise UsageError(f"{there[0]} is there already; name another --save folder, or replace it with --force")
 
 
 def _refuse_what_cannot_be_written(folder: Path) -> None:
@@ -198,4 +215,5 @@ def report(runs: Sequence[str], output: Path | None) -> None:
 
     _refuse_what_is_no_run(runs)
     with disk_errors(output or Path(runs[0]), option="--output", again="the same command"):
-        console().print(f"wrote {write_report(runs, output)}")
+        page = write_report(runs, output)
+    console().print(f"wrote {page}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -16,6 +17,8 @@ from trajshift import __version__
 from trajshift.cli.data import app as data
 from trajshift.cli.experiments import app as experiments
 from trajshift.errors import UsageError
+from trajshift.utils.files import shortened
+from trajshift.utils.streams import output_failure, prepare_streams, say, settle_streams
 
 _RESUMABLE = ("demo", "evaluate", "sweep", "experiment", "data")
 """Commands that resume when they are run again."""
@@ -29,7 +32,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             remedy = "; rerun the same command to resume" if ctx.invoked_subcommand in _RESUMABLE else ""
-            print(f"trajshift: interrupted{remedy}", file=sys.stderr)
+            say(f"trajshift: interrupted{remedy}")
             raise typer.Exit(128 + signal.SIGINT) from None
 
 
@@ -104,14 +107,14 @@ def train(
 def _train(
     recipe: str, overrides: list[str], *, resume: bool, name: str | None, print_config: bool, quiet: bool
 ) -> None:
-    from trajshift.recipes.recipe import find, load, to_yaml
+    from trajshift.recipes.recipe import find, load, to_explained_yaml
     from trajshift.runs.directory import run_name
 
     given = [] if name is None else [f"output.name={json.dumps(name, ensure_ascii=False)}"]
     overrides = [*overrides, *given]
     loaded = load(recipe, overrides)
     if print_config:
-        typer.echo(to_yaml(loaded), nl=False)
+        typer.echo(to_explained_yaml(loaded), nl=False)
         return
     if Path(recipe).is_dir():
         if not resume:
@@ -144,11 +147,12 @@ def finetune(
     recipe: Annotated[str | None, typer.Option(help="The recipe, if the file is not in a run directory.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the fine-tuned models.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Also train from scratch, for comparison.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace models that are in the --save folder.")] = False,
 ) -> None:
     """Fine-tune tasks from a learned initialization and print the test metrics."""
     from trajshift.cli import commands
 
-    commands.finetune(start, words or [], recipe=recipe, save=save, scratch=scratch)
+    commands.finetune(start, words or [], recipe=recipe, save=save, scratch=scratch, force=force)
 
 
 @app.command()
@@ -231,9 +235,30 @@ def sweep(
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit status 2."""
+    prepare_streams()
     try:
         app()
     except UsageError as error:
+        _fail(str(error))
+    except OSError as error:
+        failure = output_failure(probe=True)
+        if failure is None and error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            _fail(f"{shortened(str(error.filename))!r} cannot be used ({error.strerror}); name another file or folder")
+        if failure is None:
+            raise
+        _fail(f"stdout cannot be written ({failure.strerror or error}); what was computed is in the files")
+    except SystemExit:
+        failure = output_failure()
+        if failure is not None and failure.errno != errno.EPIPE:
+            _fail(f"stdout cannot be written ({failure.strerror}); what was computed is in the files")
+        raise
+    finally:
+        settle_streams()
+
+
+def _fail(sentence: str) -> NoReturn:
+    if output_failure() is None and sys.stdout is not None:
         sys.stdout.flush()
-        print(f"trajshift: {error}", file=sys.stderr)
-        sys.exit(2)
+    say(f"trajshift: {sentence}")
+    settle_streams()
+    sys.exit(2)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajshift.algorithm.methods import resolve
+from trajshift.algorithm.methods import ResolvedMethod, resolve
 from trajshift.errors import UsageError, nearest
 from trajshift.recipes.sections import (
     IMPORT_PATH,
@@ -128,8 +128,14 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_tasks()
+        method = self.resolved_method()
+        if method.single and len(self.source_tasks()) != 1:
+            raise UsageError(f"method {self.method} trains on one task; choose it with train_on=[NAME]")
+
+    def resolved_method(self) -> ResolvedMethod:
+        """The method with the recipe's own choices; an object of the user's stands for one that is known."""
         meta = self.meta
-        method = resolve(
+        return resolve(
             self.method,
             horizon=self.horizon,
             meta_every=meta.every,
@@ -138,8 +144,6 @@ class Recipe:
             metagrad="last_gradient" if _is_own(meta.gradient) else meta.gradient,
             batch=meta.batch,
         )
-        if method.single and len(self.source_tasks()) != 1:
-            raise UsageError(f"method {self.method} trains on one task; choose it with train_on=[NAME]")
 
     def _check_numbers(self) -> None:
         at_least("rounds", self.rounds, 1, "round")
@@ -203,6 +207,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         text = where.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        recipe = shortened(str(recipe), 200)
         raise UsageError(f"{recipe} cannot be read ({reason}); name a recipe file or a run directory") from error
     data = put_in_sections(read_yaml(text, str(where)), where.name)
     given = [(text, *split_override(text)) for text in overrides]
@@ -277,6 +282,23 @@ def to_yaml(recipe: Recipe) -> str:
     from trajshift.recipes.yaml_text import dump
 
     return dump(asdict(recipe))
+
+
+def to_explained_yaml(recipe: Recipe) -> str:
+    """As `to_yaml`, with a comment on what each null of `meta` is resolved to by the method."""
+    method = recipe.resolved_method()
+    lr = None if method.joint else method.default_meta_lr(recipe.horizon, method.meta_every)
+    values = {
+        "lr": lr, "every": method.meta_every, "gradient": method.metagrad, "carry": method.carry,
+        "adapt": method.adapt, "batch": method.batch,
+    }  # fmt: skip
+    lines, section = [], ""
+    for line in to_yaml(recipe).splitlines():
+        name, _, value = line.strip().partition(": ")
+        section = section if line.startswith(" ") else name.rstrip(":")
+        resolved = values.get(name) if section == "meta" and value == "null" else None
+        lines.append(line if resolved is None else f"{line}  # by the method: {resolved}")
+    return "\n".join(lines) + "\n"
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

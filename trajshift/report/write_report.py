@@ -7,7 +7,8 @@ figure is also saved beside the page as SVG and PNG, the results' tables as CSV 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trajshift.evaluation.evaluation_row import FINAL, EvaluationRow
@@ -44,6 +45,7 @@ def write_report(
     rows, left_out = collect([run.path for run in runs], train_images=train_images, as_asked=as_asked)
     target = _page_path(runs, out)
     folder = target.parent / f"{target.stem}-figures"
+    before = _figures_and_tables(folder)
     styles = figures.looks(list(dict.fromkeys(run.label for run in runs)))
     page = Page(_title(runs))
     page.paragraph(_subtitle(runs), "quiet")
@@ -61,7 +63,28 @@ def write_report(
     environment_section(page, runs)
     explanation_section(page)
     replace_file(target, page.html())
+    _drop_old(before)
     return target
+
+
+_MADE = re.compile(
+    r"(comparison|tests|inner_steps|reach|horizon|few_data|gain|training|approximation_error|meta_update)"
+    r"[\w.-]*\.(svg|png|csv|md)"
+)
+"""Names of figures and tables that a page may have."""
+
+
+def _figures_and_tables(folder: Path) -> dict[Path, int]:
+    """The figures and tables of a page that are there, and which files they are."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return {file: file.stat().st_ino for file in there if _MADE.fullmatch(file.name) and file.is_file()}
+
+
+def _drop_old(before: Mapping[Path, int]) -> None:
+    """Deletes what an earlier page had and this one has not written again."""
+    for file, number in before.items():
+        if file.exists() and file.stat().st_ino == number:
+            file.unlink()
 
 
 def _unfinished(runs: Sequence[Run], rows: Sequence[EvaluationRow]) -> list[str]:

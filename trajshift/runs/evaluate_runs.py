@@ -6,7 +6,6 @@ A row that is already there is not computed again, so an evaluation that was cut
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from trajshift.recipes.source_digests import source_digest
 from trajshift.runs.collect_rows import append_evaluation, distinct, labelled, read_evaluation, setting_of
 from trajshift.runs.labels import labels_of
 from trajshift.runs.starting_points import SavedStart, load_phi, starts_of
+from trajshift.utils.streams import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,9 +148,9 @@ def _existing(job: _Job, known: Mapping[Path, Sequence[EvaluationRow]]) -> Evalu
     found = next((row for row in reversed(like) if not changed(row.data, job.row.data)), None)
     what = f"the data of {job.row.target!r} (data.root {job.recipe.data.root})"
     if like and found is None:
-        print(f"note: {what} has changed since it was fine-tuned; it is fine-tuned again", file=sys.stderr)
+        say(f"note: {what} has changed since it was fine-tuned; it is fine-tuned again")
     elif found is not None and touched(found.data, job.row.data):
-        print(f"warning: {what} was written to since it was fine-tuned; what was sampled is equal", file=sys.stderr)
+        say(f"warning: {what} was written to since it was fine-tuned; what was sampled is equal")
     return found
 
 

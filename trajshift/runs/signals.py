@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+from trajshift.utils.streams import say
 
 
 class Signals:
@@ -43,7 +44,7 @@ class Signals:
         if not self._deferred:
             with suppress(Exception):  # the stream may be closed, or in use at this moment
                 name = signal.Signals(number).name
-                print(f"trajshift: {name} before the first step; rerun the same command to start", file=sys.stderr)
+                say(f"trajshift: {name} before the first step; rerun the same command to start")
             raise SystemExit(128 + number)
         if self.received == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -5,7 +5,6 @@ The numbers come from `MetaTrainer`; this module only decides when to log, when 
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from trajshift.training.trainer import Event
 from trajshift.utils.environment import environment
 from trajshift.utils.files import disk_errors, parsed_json
 from trajshift.utils.progress import Progress
+from trajshift.utils.streams import say
 
 POLL_EVERY = 5
 """Inner steps between the ranks' agreements on whether any of them received a signal."""
@@ -149,7 +149,7 @@ class _Run:
         if checkpoint.latest_valid(self.directory.checkpoints)[0] is None:
             return self.recipe
         if self.first:
-            print(f"note: {start} is not there any more; phi is taken from the checkpoint", file=sys.stderr)
+            say(f"note: {start} is not there any more; phi is taken from the checkpoint")
         return replace(self.recipe, initialization=None)
 
     def _check_data(self) -> None:
@@ -161,7 +161,7 @@ class _Run:
             if self.old is not None:
                 try:
                     for warning in refuse_changed_data(self.directory.path, self.old, self.recipe, self.data):
-                        print(warning, file=sys.stderr)
+                        say(warning)
                 except UsageError as error:
                     failure = str(error)
         if failure := self.world.gather(failure)[0]:
@@ -174,7 +174,7 @@ class _Run:
         if found is not None:
             newest, notes = found
             for note in notes if self.first else ():
-                print(note, file=sys.stderr)
+                say(note)
             if newest is not None:
                 extra = manifest_of(newest)["extra"]  # its checksums were just compared
                 assert self.old is not None

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trajshift.errors import UsageError
+from trajshift.utils.streams import output_failure
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors format allows."""
@@ -131,6 +132,8 @@ def disk_errors(path: Path, *, option: str = "output.directory", again: str | No
     except UsageError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and output_failure(probe=True) is not None:
+            raise  # not the disk, but what stdout goes to
         text = str(error)
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from trajshift.utils.streams import say
+
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress as Bar
@@ -36,7 +38,7 @@ class Progress:
         self._below: Text
 
     def __enter__(self) -> Progress:
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr is not None and sys.stderr.isatty():
             self._open_bar()
         return self
 
@@ -67,7 +69,7 @@ class Progress:
             self._live.stop()
             self._bar = None
         elif self.enabled and self.step > self._first:
-            print(self.line(), file=sys.stderr, flush=True)
+            say(self.line())
 
     def rate(self) -> float:
         """Steps per second since the start of this process's part."""
@@ -86,7 +88,7 @@ class Progress:
             self._refresh()
         elif time.monotonic() - self._said > PLAIN_EVERY:
             self._said = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            say(self.line())
 
     def note(self, text: str) -> None:
         """Print a line beside the bar."""
@@ -95,7 +97,7 @@ class Progress:
         if self._bar is not None:
             self._live.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def _refresh(self) -> None:
         assert self._bar is not None
