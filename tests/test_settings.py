@@ -301,8 +301,9 @@ FINGERPRINTS = {
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_fingerprints_are_those_of_version_0_1(name: str) -> None:
-    """Checkpoints hold them: a run that 0.1 began resumes."""
-    assert fingerprint(load(name)) == FINGERPRINTS[name]
+    """Checkpoints hold them, with the path of an initialization: a run that 0.1 began resumes."""
+    recipe = load(name)
+    assert fingerprint(recipe, recipe.initialization) == FINGERPRINTS[name]
 
 
 # -- objects of the user's own -------------------------------------------------------------------------------

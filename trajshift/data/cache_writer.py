@@ -58,7 +58,8 @@ def overridden(entry: DataSet, values: Mapping[str, Any]) -> DataSet:
     for field, value in values.items():
         if field not in OVERRIDES:
             raise UsageError(f"data set {entry.name!r} has no field {field!r} to set{nearest(field, OVERRIDES)}")
-        if type(value) is not OVERRIDES[field] or not value or str(value).startswith("-"):
+        fits = isinstance(value, OVERRIDES[field]) and not isinstance(value, bool)
+        if not fits or not value or str(value).startswith("-"):
             kind = "a whole number of pixels above 0" if field == "size" else "a word"
             raise UsageError(f"{field} of data set {entry.name!r} is {value!r}; use {kind}")
     return replace(entry, **values, verified=None) if values else entry
